@@ -1,0 +1,67 @@
+"""Element types: fp32 to code and back, for E4M3, E2M1 and E8M0."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mokernels.formats import E2M1_MAX, E4M3_MAX, E8M0_BIAS, E8M0_NAN
+
+_E2M1_MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+# Halfway points between neighbouring magnitudes. On a tie the even code wins: a value that equals
+# a bound belongs below it when the lower code is even, above it when the lower code is odd.
+_E2M1_BOUNDS = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
+
+
+def encode_e4m3(x: Tensor) -> Tensor:
+    """Round to float8_e4m3fn: nearest, ties to even, saturating at +-448; NaN stays NaN.
+
+    Args:
+        x: any shape, any float dtype; computed in fp32.
+
+    Returns:
+        float8_e4m3fn of the same shape. Infinities saturate. The clamp is explicit because torch
+        versions differ in what their own cast does above 448.
+    """
+    return x.float().clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+
+
+def decode_e4m3(codes: Tensor) -> Tensor:
+    """float8_e4m3fn (or its bytes as uint8), any shape, to fp32; exact."""
+    return codes.view(torch.float8_e4m3fn).float()
+
+
+def encode_e2m1(x: Tensor) -> Tensor:
+    """Round to FP4 E2M1: nearest, ties to even code, saturating at +-6.
+
+    Args:
+        x: any shape, any float dtype; computed in fp32. NaN has no code in E2M1 and becomes 0x7
+            (+6); quantizers carry a NaN in the block scale instead.
+
+    Returns:
+        uint8 of the same shape with the code in the low nibble: sign << 3 | magnitude index. Zero,
+        of either sign, has code 0; a negative value that rounds to zero has code 8.
+    """
+    x = x.float()
+    magnitude = x.abs()
+    index = torch.zeros_like(x, dtype=torch.uint8)
+    for lower_code, bound in enumerate(_E2M1_BOUNDS):
+        above = magnitude > bound if lower_code % 2 == 0 else magnitude >= bound
+        index += (above | magnitude.isnan()).to(torch.uint8)
+    return index | ((x < 0).to(torch.uint8) << 3)
+
+
+def decode_e2m1(codes: Tensor) -> Tensor:
+    """E2M1 codes (uint8, low nibble), any shape, to fp32; exact. Code 8 is -0."""
+    magnitudes = torch.tensor(_E2M1_MAGNITUDES, dtype=torch.float32, device=codes.device)
+    values = torch.cat([magnitudes, -magnitudes])
+    return values[(codes & 0xF).long()]
+
+
+def decode_e8m0(exponents: Tensor) -> Tensor:
+    """Shared exponents (uint8), any shape, to fp32: 2 ** (u - 127), exact; 255 is NaN."""
+    values = torch.exp2(exponents.double() - E8M0_BIAS).float()
+    return values.masked_fill(exponents == E8M0_NAN, float("nan"))
+
+
+assert _E2M1_MAGNITUDES[-1] == E2M1_MAX

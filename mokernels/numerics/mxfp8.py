@@ -1,0 +1,82 @@
+"""MXFP8: E4M3 elements, one power of two per 32 of them (OCP Microscaling Formats 1.0)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mokernels.errors import ArgumentError
+from mokernels.formats import E4M3_MAX, E8M0_BIAS, MXFP8_BLOCK
+from mokernels.numerics.elements import decode_e4m3, decode_e8m0, encode_e4m3
+
+
+def quantize_mxfp8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Quantize activations as ModelOpt's MX fake quantization does, to the bit.
+
+    A block's exponent is ceil(log2(amax / 448)), taken exactly from the bits of the fp32 quotient
+    and clamped to +-127; a block whose amax is zero, infinite or NaN has exponent 0.
+
+    Args:
+        x: [..., K], any float dtype, K a multiple of 32.
+
+    Returns:
+        Codes, float8_e4m3fn [..., K], and exponents, uint8 [..., K / 32], biased by 127.
+
+    Raises:
+        ArgumentError: K is not a multiple of 32.
+    """
+    blocks = _blocks(x, "x")
+    amax = blocks.abs().amax(dim=-1)
+    exponent = _ceil_log2(amax / E4M3_MAX).clamp(-E8M0_BIAS, E8M0_BIAS)
+    exponent = exponent.masked_fill((amax == 0) | ~amax.isfinite(), 0)
+    return _encode(blocks, exponent)
+
+
+def quantize_mxfp8_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Quantize a weight [N, K] as ModelOpt's export does.
+
+    The same as :func:`quantize_mxfp8` except that an all-zero block has the exponent byte 0.
+    """
+    blocks = _blocks(weight, "weight")
+    amax = blocks.abs().amax(dim=-1)
+    exponent = _ceil_log2(amax / E4M3_MAX).clamp(-E8M0_BIAS, E8M0_BIAS)
+    exponent = exponent.masked_fill(amax == 0, -E8M0_BIAS)
+    return _encode(blocks, exponent)
+
+
+def dequantize_mxfp8(
+    codes: Tensor, exponents: Tensor, out_dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """code * 2 ** (u - 127) in fp32, rounded once to ``out_dtype``.
+
+    Args:
+        codes: float8_e4m3fn [..., K].
+        exponents: uint8 [..., K / 32].
+        out_dtype: of the result [..., K].
+    """
+    values = decode_e4m3(codes).unflatten(-1, (exponents.shape[-1], MXFP8_BLOCK))
+    return (values * decode_e8m0(exponents).unsqueeze(-1)).flatten(-2).to(out_dtype)
+
+
+def _encode(blocks: Tensor, exponent: Tensor) -> tuple[Tensor, Tensor]:
+    # fp64: 2 ** 127 times a small fp32 value is exact there, and the cast back rounds nothing that
+    # the E4M3 rounding could notice (the product of an fp32 by a power of two).
+    step = torch.exp2(-exponent.double()).unsqueeze(-1)
+    codes = encode_e4m3((blocks.double() * step).float())
+    return codes.flatten(-2), (exponent + E8M0_BIAS).to(torch.uint8)
+
+
+def _ceil_log2(x: Tensor) -> Tensor:
+    """ceil(log2(x)) of fp32 x > 0, exactly, as int32; meaningless where x is 0 or not finite."""
+    mantissa, exponent = torch.frexp(x)
+    return torch.where(mantissa == 0.5, exponent - 1, exponent)
+
+
+def _blocks(x: Tensor, name: str) -> Tensor:
+    """[..., K] to fp32 [..., K / 32, 32]."""
+    if x.shape[-1] % MXFP8_BLOCK:
+        raise ArgumentError(
+            f"MXFP8 needs a last dimension that is a multiple of {MXFP8_BLOCK}, but {name} has "
+            f"shape {tuple(x.shape)}. Pad it, or leave this layer unquantized."
+        )
+    return x.float().unflatten(-1, (x.shape[-1] // MXFP8_BLOCK, MXFP8_BLOCK))

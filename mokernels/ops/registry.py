@@ -1,0 +1,85 @@
+"""How an operator is registered: one function, one library object."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from importlib import import_module
+from typing import Any
+
+import torch
+
+from mokernels.errors import MissingDependencyError
+
+NAMESPACE = "mokernels"
+TRITON_KEYS = ("CUDA", "XPU")  # HIP tensors dispatch to "CUDA"
+
+# flexible_layout: without it Inductor copies an unrealised producer once for every consumer, so
+# an RMSNorm that feeds q, k and v would be computed three times. The launchers take any strides.
+TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
+
+LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+
+Function = Callable[..., Any]
+
+
+def register(schema: str, *, check: Function, reference: Function, fake: Function) -> None:
+    """Define ``mokernels::<name>``.
+
+    Args:
+        schema: the operator's schema, ``name(arguments) -> returns``.
+        check: raises ArgumentError for arguments that do not fit; it takes the operator's arguments
+            and runs before every implementation.
+        reference: CPU implementation, in plain torch.
+        fake: the result's shapes and dtypes only.
+
+    The Triton implementation is the function of the operator's name in ``mokernels.ops.launch``; it
+    takes the operator's arguments, already checked.
+    """
+    name = schema.partition("(")[0]
+    LIBRARY.define(schema, tags=TAGS)
+    LIBRARY.impl(name, _checked(check, reference), "CPU")
+    for key in TRITON_KEYS:
+        LIBRARY.impl(name, _checked(check, _launcher(name)), key)
+    torch.library.register_fake(f"{NAMESPACE}::{name}", _checked(check, fake), lib=LIBRARY)
+
+
+def operator(name: str) -> Function:
+    """The overload ``torch.ops.mokernels.<name>.default``."""
+    overload: Function = getattr(getattr(torch.ops, NAMESPACE), name).default
+    return overload
+
+
+def _checked(check: Function, implementation: Function) -> Function:
+    @wraps(implementation)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        check(*args, **kwargs)
+        return implementation(*args, **kwargs)
+
+    return call
+
+
+def _launcher(name: str) -> Function:
+    """The Triton implementation of ``name``, imported at its first call."""
+    loaded: Function | None = None
+
+    def launch(*args: Any, **kwargs: Any) -> Any:
+        nonlocal loaded
+        if loaded is None:
+            loaded = _import_launcher(name)
+        return loaded(*args, **kwargs)
+
+    return launch
+
+
+def _import_launcher(name: str) -> Function:
+    try:
+        launcher: Function = getattr(import_module("mokernels.ops.launch"), name)
+    except ModuleNotFoundError as error:
+        if error.name != "triton":
+            raise
+        raise MissingDependencyError(
+            f"mokernels::{name} needs Triton on this device, and triton is not installed. "
+            "Install triton >= 3.6, or move the tensors to the CPU."
+        ) from error
+    return launcher
