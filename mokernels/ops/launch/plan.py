@@ -1,0 +1,36 @@
+"""A kernel launch as data: planned by a pure function, then run, or only compiled."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch of one Triton kernel.
+
+    Attributes:
+        kernel: the ``@triton.jit`` function.
+        grid: number of programs along three axes.
+        args: run-time arguments in the kernel's order (tensors, ints); the tensors may be meta.
+        constants: compile-time arguments by name.
+        num_warps: warps of a program.
+        num_stages: depth of the software pipeline.
+    """
+
+    kernel: Any
+    grid: tuple[int, int, int]
+    args: tuple[Any, ...]
+    constants: Mapping[str, Any] = field(default_factory=dict)
+    num_warps: int = 4
+    num_stages: int = 3
+
+    def run(self) -> None:
+        """Launch on the current device and stream."""
+        if 0 in self.grid:
+            return
+        self.kernel[self.grid](
+            *self.args, **self.constants, num_warps=self.num_warps, num_stages=self.num_stages
+        )

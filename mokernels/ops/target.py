@@ -1,0 +1,113 @@
+"""What a device can do, as questions about features; the only place that knows architectures."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+import torch
+
+from mokernels.errors import BackendError
+
+Backend = Literal["cuda", "hip", "xpu"]
+
+
+@dataclass(frozen=True)
+class Target:
+    """A kind of device that kernels are chosen for and compiled for.
+
+    Attributes:
+        backend: Triton's name of the compiler backend.
+        arch: compute capability as an int (90 for sm_90), or AMD's architecture name.
+        processors: streaming multiprocessors or compute units; only sizes grids and splits.
+        shared_memory: bytes of shared memory that one program may use.
+    """
+
+    backend: Backend
+    arch: int | str
+    processors: int
+    shared_memory: int
+
+    @property
+    def name(self) -> str:
+        """``sm_90``, ``gfx942``, ``xpu``."""
+        return f"sm_{self.arch}" if self.backend == "cuda" else str(self.arch)
+
+    @property
+    def has_fp8_type(self) -> bool:
+        """Triton accepts e4m3fn pointers and casts; elsewhere codes are bytes, decoded by bits."""
+        return (self._cuda_at_least(89)) or self.arch == "gfx950"
+
+    @property
+    def has_fp8_dot(self) -> bool:
+        """The matrix units multiply e4m3fn by e4m3fn."""
+        return self.has_fp8_type
+
+    @property
+    def casts_fp8_once(self) -> bool:
+        """A cast from fp32 to e4m3fn rounds once. Triton 3.6 goes through fp16 on sm_89."""
+        return self._cuda_at_least(90)
+
+    @property
+    def has_block_scaled_dot(self) -> bool:
+        """The matrix units apply NVFP4 and MXFP8 block scales themselves (tcgen05, mma.sync)."""
+        return self._cuda_at_least(100)
+
+    @property
+    def wants_swapped_operands(self) -> bool:
+        """Few tokens have to be the N side of the matrix instruction, the weight its M side.
+
+        On sm_90 and sm_100 the FP8 instructions need 64 (128) rows of M; Triton compiles a smaller
+        BLOCK_M to fp16 instructions with converted operands.
+        """
+        return self.arch in (90, 100, 103)
+
+    @property
+    def promotes_accumulator(self) -> bool:
+        """FP8 products are summed with fewer bits than fp32 unless promoted every 128 (Hopper)."""
+        return self.arch == 90
+
+    def _cuda_at_least(self, capability: int) -> bool:
+        return self.backend == "cuda" and int(self.arch) >= capability
+
+
+SM_80 = Target("cuda", 80, 108, 163 * 1024)
+SM_89 = Target("cuda", 89, 128, 99 * 1024)
+SM_90 = Target("cuda", 90, 132, 227 * 1024)
+SM_100 = Target("cuda", 100, 148, 227 * 1024)
+SM_120 = Target("cuda", 120, 170, 99 * 1024)
+GFX942 = Target("hip", "gfx942", 304, 64 * 1024)
+GFX950 = Target("hip", "gfx950", 256, 160 * 1024)
+
+CUDA_TARGETS = (SM_80, SM_89, SM_90, SM_100, SM_120)
+HIP_TARGETS = (GFX942, GFX950)
+
+
+@lru_cache(maxsize=None)
+def target_of(device: torch.device) -> Target:
+    """The target of a CUDA, HIP or XPU device.
+
+    Raises:
+        BackendError: the device is of another type, or too old for the kernels (below sm_80).
+    """
+    if device.type == "xpu":
+        units = torch.xpu.get_device_properties(device).gpu_subslice_count
+        return Target("xpu", "xpu", units, 64 * 1024)
+    if device.type != "cuda":
+        raise BackendError(
+            f"mokernels has no Triton kernels for device {str(device)!r}: wanted a CUDA, ROCm or "
+            "XPU device. On the CPU the operators run their reference implementation by themselves."
+        )
+    properties = torch.cuda.get_device_properties(device)
+    count = properties.multi_processor_count
+    if torch.version.hip:
+        arch = properties.gcnArchName.split(":")[0]
+        return Target("hip", arch, count, 160 * 1024 if arch == "gfx950" else 64 * 1024)
+    capability = 10 * properties.major + properties.minor
+    if capability < 80:
+        raise BackendError(
+            f"{properties.name} has compute capability {properties.major}.{properties.minor}; "
+            "mokernels' kernels need at least 8.0 (Ampere). Run the model on the CPU instead."
+        )
+    return Target("cuda", capability, count, properties.shared_memory_per_block_optin)
