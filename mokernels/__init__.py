@@ -1,2 +1,3 @@
 """mokernels: NVIDIA ModelOpt checkpoints in plain PyTorch."""
+
 from mokernels import ops as _ops  # noqa: F401

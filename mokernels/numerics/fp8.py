@@ -17,7 +17,7 @@ from mokernels.numerics.elements import decode_e4m3, encode_e4m3
 
 
 def fp8_multiplier(amax: Tensor) -> Tensor:
-    """m = 448 / amax in fp32; an amax of at most 2**-24 counts as 1, so that its codes are 0."""
+    """M = 448 / amax in fp32; an amax of at most 2**-24 counts as 1, so that its codes are 0."""
     amax = amax.float()
     return E4M3_MAX / torch.where(amax <= FP8_TINY_AMAX, torch.ones_like(amax), amax)
 
@@ -131,7 +131,7 @@ def expand_fp8_scale(scale: Tensor, rows: int, k: int) -> Tensor:
 
 
 def dequantize_fp8(codes: Tensor, scale: Tensor, out_dtype: torch.dtype = torch.float32) -> Tensor:
-    """codes * scale in fp32, rounded once to ``out_dtype``.
+    """Codes * scale in fp32, rounded once to ``out_dtype``.
 
     Args:
         codes: float8_e4m3fn [..., K]; the leading dimensions count as rows.
@@ -153,14 +153,14 @@ def dequantize_fp8(codes: Tensor, scale: Tensor, out_dtype: torch.dtype = torch.
 
 
 def _amax(x: Tensor) -> Tensor:
-    """max |x| over the last dimension, fp32; 0 where that dimension is empty."""
+    """Max |x| over the last dimension, fp32; 0 where that dimension is empty."""
     if x.shape[-1] == 0:
         return x.new_zeros(x.shape[:-1], dtype=torch.float32)
     return x.abs().amax(dim=-1).float()
 
 
 def _positive_scale(amax: Tensor) -> Tensor:
-    """amax / 448 in fp32, and 1 for an amax of zero.
+    """Amax / 448 in fp32, and 1 for an amax of zero.
 
     ModelOpt's own exporter writes scale 0 and NaN codes for an all-zero row; that is the one place
     where our weights differ from its (a scale of 1 gives the row's zeros back).

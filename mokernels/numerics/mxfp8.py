@@ -47,7 +47,7 @@ def quantize_mxfp8_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
 def dequantize_mxfp8(
     codes: Tensor, exponents: Tensor, out_dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """code * 2 ** (u - 127) in fp32, rounded once to ``out_dtype``.
+    """Code * 2 ** (u - 127) in fp32, rounded once to ``out_dtype``.
 
     Args:
         codes: float8_e4m3fn [..., K].

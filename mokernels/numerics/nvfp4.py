@@ -84,7 +84,7 @@ def dequantize_nvfp4(
     global_scale: Tensor,
     out_dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """code * (block scale * global scale) in fp32, rounded once to ``out_dtype``.
+    """Code * (block scale * global scale) in fp32, rounded once to ``out_dtype``.
 
     Args:
         codes: uint8 [..., K / 2].

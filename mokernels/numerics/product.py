@@ -10,7 +10,7 @@ from torch.nn.functional import linear
 def scaled_product(
     a: Tensor, b: Tensor, bias: Tensor | None, out_dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """a @ b.T + bias in fp32, rounded once to ``out_dtype``.
+    """A @ b.T + bias in fp32, rounded once to ``out_dtype``.
 
     Args:
         a: dequantized activations, fp32 [..., K].

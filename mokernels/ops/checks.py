@@ -134,7 +134,7 @@ def check_mxfp8_weight(op: str, x: Tensor, weight: Tensor, scale: Tensor) -> Non
 
 
 def describe(x: Tensor) -> str:
-    """dtype and shape of a tensor, for messages."""
+    """Dtype and shape of a tensor, for messages."""
     return f"{_short(x.dtype)} {list(x.shape)}"
 
 

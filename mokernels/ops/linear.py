@@ -242,9 +242,7 @@ register(
 for _name in ("fp8_linear", "fp8_per_token_linear", "fp8_block_linear"):
     _register_gradient(_name, ("weight", "weight_scale"), "dequantize_fp8")
 _register_gradient("mxfp8_linear", ("weight", "weight_scale"), "dequantize_mxfp8")
-_register_gradient(
-    "nvfp4_linear", ("weight", "weight_scale", "weight_scale_2"), "dequantize_nvfp4"
-)
+_register_gradient("nvfp4_linear", ("weight", "weight_scale", "weight_scale_2"), "dequantize_nvfp4")
 _register_gradient("fp8_weight_only_gemm", ("b", "scale_b"), "dequantize_fp8")
 _register_gradient("mxfp8_weight_only_gemm", ("b", "scale_b"), "dequantize_mxfp8")
 _register_gradient("nvfp4_weight_only_gemm", ("b", "scale_b", "global_scale_b"), "dequantize_nvfp4")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import Literal
 
 import torch
@@ -84,7 +84,7 @@ CUDA_TARGETS = (SM_80, SM_89, SM_90, SM_100, SM_120)
 HIP_TARGETS = (GFX942, GFX950)
 
 
-@lru_cache(maxsize=None)
+@cache
 def target_of(device: torch.device) -> Target:
     """The target of a CUDA, HIP or XPU device.
 
