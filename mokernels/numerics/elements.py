@@ -13,6 +13,15 @@ _E2M1_MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _E2M1_BOUNDS = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
 
 
+def divide(x: Tensor, value: float) -> Tensor:
+    """X / value in fp32, correctly rounded on every device.
+
+    Given a Python number, torch's CUDA kernels multiply by its reciprocal instead, which rounds
+    twice; a tensor on the same device makes them divide.
+    """
+    return x.float() / torch.full((), value, dtype=torch.float32, device=x.device)
+
+
 def encode_e4m3(x: Tensor) -> Tensor:
     """Round to float8_e4m3fn: nearest, ties to even, saturating at +-448; NaN stays NaN.
 

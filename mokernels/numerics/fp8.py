@@ -3,6 +3,10 @@
 Activations follow ModelOpt's fake quantization to the bit: with the multiplier m = 448 / amax, the
 codes are E4M3(clamp(x * m, +-448)) and the scale is 1 / m, all in fp32. Weights follow ModelOpt's
 *export*, which divides by the stored scale instead.
+
+"448 / amax" is not one division: torch computes ``448.0 / tensor`` as ``tensor.reciprocal() *
+448``, which rounds twice and gives another m than IEEE division for a quarter of all amax. What
+ModelOpt computes carries that; so it is written out here, and every kernel does the same.
 """
 
 from __future__ import annotations
@@ -13,7 +17,7 @@ from torch.nn.functional import pad
 
 from mokernels.errors import ArgumentError
 from mokernels.formats import E4M3_MAX, FP8_BLOCK, FP8_TINY_AMAX
-from mokernels.numerics.elements import decode_e4m3, encode_e4m3
+from mokernels.numerics.elements import decode_e4m3, divide, encode_e4m3
 
 
 def fp8_multiplier(amax: Tensor) -> Tensor:
@@ -29,7 +33,7 @@ def static_fp8_scales(input_scale: Tensor) -> tuple[Tensor, Tensor]:
     codes by ``input_scale`` itself instead of 1 / m misses ModelOpt's values by an ulp.
     """
     multiplier = fp8_multiplier(E4M3_MAX * input_scale.float())
-    return multiplier, 1.0 / multiplier
+    return multiplier, multiplier.reciprocal()
 
 
 def quantize_fp8(x: Tensor, multiplier: Tensor) -> Tensor:
@@ -48,7 +52,7 @@ def quantize_fp8_per_token(x: Tensor) -> tuple[Tensor, Tensor]:
         2**-24) has codes 0 and scale 1 / 448.
     """
     multiplier = fp8_multiplier(_amax(x))
-    return quantize_fp8(x, multiplier.unsqueeze(-1)), 1.0 / multiplier
+    return quantize_fp8(x, multiplier.unsqueeze(-1)), multiplier.reciprocal()
 
 
 def quantize_fp8_per_block(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -64,7 +68,7 @@ def quantize_fp8_per_block(x: Tensor) -> tuple[Tensor, Tensor]:
     blocks = pad(x.float(), (0, -k % FP8_BLOCK)).unflatten(-1, (-(-k // FP8_BLOCK), FP8_BLOCK))
     multiplier = fp8_multiplier(_amax(blocks))
     codes = quantize_fp8(blocks, multiplier.unsqueeze(-1)).flatten(-2)
-    return codes[..., :k].contiguous(), 1.0 / multiplier
+    return codes[..., :k].contiguous(), multiplier.reciprocal()
 
 
 def quantize_fp8_tensor_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -165,4 +169,4 @@ def _positive_scale(amax: Tensor) -> Tensor:
     ModelOpt's own exporter writes scale 0 and NaN codes for an all-zero row; that is the one place
     where our weights differ from its (a scale of 1 gives the row's zeros back).
     """
-    return torch.where(amax == 0, torch.ones_like(amax), amax / E4M3_MAX)
+    return torch.where(amax == 0, torch.ones_like(amax), divide(amax, E4M3_MAX))

@@ -6,15 +6,15 @@ import torch
 from torch import Tensor
 
 from mokernels.errors import ArgumentError
-from mokernels.formats import E4M3_MAX, E8M0_BIAS, MXFP8_BLOCK
+from mokernels.formats import E8M0_BIAS, MXFP8_BLOCK
 from mokernels.numerics.elements import decode_e4m3, decode_e8m0, encode_e4m3
 
 
 def quantize_mxfp8(x: Tensor) -> tuple[Tensor, Tensor]:
     """Quantize activations as ModelOpt's MX fake quantization does, to the bit.
 
-    A block's exponent is ceil(log2(amax / 448)), taken exactly from the bits of the fp32 quotient
-    and clamped to +-127; a block whose amax is zero, infinite or NaN has exponent 0.
+    A block's exponent is ceil(log2(amax / 448)), computed exactly and clamped to +-127; a block
+    whose amax is zero, infinite or NaN has exponent 0.
 
     Args:
         x: [..., K], any float dtype, K a multiple of 32.
@@ -27,7 +27,7 @@ def quantize_mxfp8(x: Tensor) -> tuple[Tensor, Tensor]:
     """
     blocks = _blocks(x, "x")
     amax = blocks.abs().amax(dim=-1)
-    exponent = _ceil_log2(amax / E4M3_MAX).clamp(-E8M0_BIAS, E8M0_BIAS)
+    exponent = _exponent(amax).clamp(-E8M0_BIAS, E8M0_BIAS)
     exponent = exponent.masked_fill((amax == 0) | ~amax.isfinite(), 0)
     return _encode(blocks, exponent)
 
@@ -39,7 +39,7 @@ def quantize_mxfp8_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     """
     blocks = _blocks(weight, "weight")
     amax = blocks.abs().amax(dim=-1)
-    exponent = _ceil_log2(amax / E4M3_MAX).clamp(-E8M0_BIAS, E8M0_BIAS)
+    exponent = _exponent(amax).clamp(-E8M0_BIAS, E8M0_BIAS)
     exponent = exponent.masked_fill(amax == 0, -E8M0_BIAS)
     return _encode(blocks, exponent)
 
@@ -66,10 +66,14 @@ def _encode(blocks: Tensor, exponent: Tensor) -> tuple[Tensor, Tensor]:
     return codes.flatten(-2), (exponent + E8M0_BIAS).to(torch.uint8)
 
 
-def _ceil_log2(x: Tensor) -> Tensor:
-    """ceil(log2(x)) of fp32 x > 0, exactly, as int32; meaningless where x is 0 or not finite."""
-    mantissa, exponent = torch.frexp(x)
-    return torch.where(mantissa == 0.5, exponent - 1, exponent)
+def _exponent(amax: Tensor) -> Tensor:
+    """ceil(log2(amax / 448)) as int32, exactly; meaningless where amax is 0 or not finite.
+
+    448 = 0.875 * 2 ** 9, so with amax = f * 2 ** x, f in [0.5, 1), it is x - 9, or one more where
+    f > 0.875. Comparing mantissas avoids a division, whose rounding differs between devices.
+    """
+    mantissa, exponent = torch.frexp(amax)
+    return exponent - 9 + (mantissa > 0.875).to(exponent.dtype)
 
 
 def _blocks(x: Tensor, name: str) -> Tensor:

@@ -7,7 +7,13 @@ from torch import Tensor
 
 from mokernels.errors import ArgumentError
 from mokernels.formats import E2M1_MAX, E4M3_MAX, NVFP4_BLOCK, NVFP4_TINY_SCALE
-from mokernels.numerics.elements import decode_e2m1, decode_e4m3, encode_e2m1, encode_e4m3
+from mokernels.numerics.elements import (
+    decode_e2m1,
+    decode_e4m3,
+    divide,
+    encode_e2m1,
+    encode_e4m3,
+)
 from mokernels.numerics.packing import pack_nibbles, unpack_nibbles
 
 _SMALLEST_GLOBAL_SCALE = 1e-12
@@ -68,7 +74,7 @@ def quantize_nvfp4_weight(
     blocks = _blocks(weight, "weight")
     amax = blocks.abs().amax(dim=-1)
     if global_scale is None:
-        global_scale = weight.abs().amax().float() / (E2M1_MAX * E4M3_MAX)
+        global_scale = divide(weight.abs().amax(), E2M1_MAX * E4M3_MAX)
     # An all-zero weight has no scale; 1 gives its zeros back where ModelOpt writes NaN.
     safe = torch.where(global_scale > 0, global_scale, torch.ones_like(global_scale))
     scale = amax / (E2M1_MAX * safe)
