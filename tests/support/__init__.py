@@ -1,0 +1,1 @@
+"""What the tests share: a faithful interpreter, a memory sanitizer, ahead-of-time compilation."""
