@@ -12,22 +12,13 @@ import torch
 import triton
 import triton.language as tl
 
+from tests.support.compare import assert_same_bits
 from tests.support.interpreter import decode, encode, model_of
 
 pytestmark = pytest.mark.usefixtures("interpreted")
 
 ALL_BF16 = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
 ALL_E4M3 = torch.arange(256, dtype=torch.int32).to(torch.uint8).view(torch.float8_e4m3fn)
-
-
-def assert_same_bits(result: torch.Tensor, expected: torch.Tensor) -> None:
-    """Equal to the bit, except that any NaN equals any NaN."""
-    assert result.dtype == expected.dtype
-    assert torch.equal(result.isnan(), expected.isnan())
-    numbers = ~expected.isnan()
-    words = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[expected.element_size()]
-    differing = (result.view(words) != expected.view(words)) & numbers
-    assert not differing.any(), f"{int(differing.sum())} of {differing.numel()} values differ"
 
 
 @triton.jit

@@ -1,0 +1,134 @@
+"""Element types inside a kernel: fp32 to code and back, for E4M3, E2M1 and E8M0.
+
+The definition is :mod:`mokernels.numerics.elements`; every function here agrees with it to the bit
+(any NaN counts as any other). Codes are uint8 tensors of any shape, also where the target has an
+fp8 type: a pointer to bytes can be had on every target, and a bitcast costs nothing.
+
+Two constexpr flags come from the target: ``CASTS_ONCE`` is ``Target.casts_fp8_once`` and
+``HAS_TYPE`` is ``Target.has_fp8_type``. Without them E4M3 is encoded and decoded by its bits.
+
+No function adds to a product, so that contracting multiply and add cannot change a bit: the values
+that the rounding constants are added to are magnitudes taken from bits.
+"""
+
+import triton
+import triton.language as tl
+
+E4M3_MIN_NORMAL_BITS: tl.constexpr = tl.constexpr(0x3C800000)  # 2 ** -6 as fp32
+E4M3_MAX_CODE: tl.constexpr = tl.constexpr(0x7E)  # 448
+E4M3_NAN_CODE: tl.constexpr = tl.constexpr(0x7F)
+FP32_INF_BITS: tl.constexpr = tl.constexpr(0x7F800000)
+
+
+@triton.jit
+def encode_e4m3(x, CASTS_ONCE: tl.constexpr):
+    """fp32 to E4M3 codes: nearest, ties to even, saturating (also infinities); NaN stays NaN."""
+    if CASTS_ONCE:
+        # cvt.rn.satfinite: infinities become 448 and NaN stays.
+        return x.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+    bits = x.to(tl.uint32, bitcast=True)
+    magnitude = bits & 0x7FFFFFFF
+    # E4M3 keeps 3 of 23 mantissa bits, so 20 go; half of what goes, less one, plus the last bit
+    # that stays is the round-to-even increment. A carry into the exponent is the right answer.
+    rounded = magnitude + 0x7FFFF + ((magnitude >> 20) & 1)
+    # Exponents are biased by 127 and by 7.
+    normal = tl.minimum((rounded >> 20).to(tl.int32) - (120 << 3), E4M3_MAX_CODE)
+    # Below 2**-6 the codes are the multiples of 2**-9. That is the spacing of fp32 in
+    # [2**14, 2**15), so that adding 2**14 rounds, and the low bits of the sum count them.
+    shifted = magnitude.to(tl.float32, bitcast=True) + 16384.0
+    subnormal = shifted.to(tl.int32, bitcast=True) & 0xF
+    code = tl.where(magnitude < E4M3_MIN_NORMAL_BITS, subnormal, normal)
+    code = tl.where(magnitude > FP32_INF_BITS, E4M3_NAN_CODE, code)
+    return (code | ((bits >> 24) & 0x80).to(tl.int32)).to(tl.uint8)
+
+
+@triton.jit
+def decode_e4m3(code, DTYPE: tl.constexpr, HAS_TYPE: tl.constexpr, KEEP_NAN: tl.constexpr = True):
+    """E4M3 codes to fp32, fp16 or bf16, exactly.
+
+    ``KEEP_NAN = False`` saves two instructions and decodes the NaN codes as +-480.
+    """
+    if HAS_TYPE:
+        return code.to(tl.float8e4nv, bitcast=True).to(DTYPE)
+    # Exponent and mantissa are moved to the wider type's places; its exponents are biased by more,
+    # which one multiplication puts right, for subnormal codes as well.
+    if DTYPE == tl.float32:
+        word = code.to(tl.uint32)
+        moved = ((word & 0x80) << 24) | ((word & 0x7F) << 20)
+        value = moved.to(tl.float32, bitcast=True) * 1.329227995784916e36  # 2 ** 120
+    elif DTYPE == tl.float16:
+        word = code.to(tl.uint16)
+        moved = ((word & 0x80) << 8) | ((word & 0x7F) << 7)
+        value = moved.to(tl.float16, bitcast=True) * 256.0
+    else:
+        word = code.to(tl.uint16)
+        moved = ((word & 0x80) << 8) | ((word & 0x7F) << 4)
+        value = moved.to(tl.bfloat16, bitcast=True) * 1.329227995784916e36
+    if KEEP_NAN:
+        value = tl.where((code & 0x7F) == 0x7F, float("nan"), value)
+    return value.to(DTYPE)
+
+
+@triton.jit
+def encode_e2m1(x):
+    """fp32 to E2M1 codes (low nibble): nearest, ties to even, saturating at +-6.
+
+    NaN becomes 7 (+6). Zero of either sign is 0; a negative value that rounds to zero is 8.
+    """
+    # tl.minimum drops NaN: its magnitude becomes 6.
+    magnitude = tl.minimum(tl.abs(x), 6.0)
+    bits = magnitude.to(tl.int32, bitcast=True)
+    # From 1 up E2M1 is a float with one mantissa bit: 22 of 23 go (see encode_e4m3). Exponents are
+    # biased by 127 and by 1.
+    normal = ((bits + 0x1FFFFF + ((bits >> 22) & 1)) >> 22) - (126 << 1)
+    # Below 1 the codes are multiples of 1/2, the spacing of fp32 in [2**22, 2**23).
+    small = (magnitude + 4194304.0).to(tl.int32, bitcast=True) & 0x3
+    code = tl.where(magnitude < 1.0, small, normal)
+    return (code | tl.where(x < 0, 8, 0)).to(tl.uint8)
+
+
+@triton.jit
+def decode_e2m1(code, DTYPE: tl.constexpr):
+    """E2M1 codes (low nibble of uint8, the high one ignored) to fp32, fp16 or bf16, exactly."""
+    # As decode_e4m3 does; the multiplier makes up for a bias of 1.
+    if DTYPE == tl.float32:
+        word = code.to(tl.uint32)
+        moved = ((word & 8) << 28) | ((word & 7) << 22)
+        value = moved.to(tl.float32, bitcast=True) * 8.507059173023462e37  # 2 ** 126
+    elif DTYPE == tl.float16:
+        word = code.to(tl.uint16)
+        moved = ((word & 8) << 12) | ((word & 7) << 9)
+        value = moved.to(tl.float16, bitcast=True) * 16384.0  # 2 ** 14
+    else:
+        word = code.to(tl.uint16)
+        moved = ((word & 8) << 12) | ((word & 7) << 6)
+        value = moved.to(tl.bfloat16, bitcast=True) * 8.507059173023462e37
+    return value.to(DTYPE)
+
+
+@triton.jit
+def decode_e8m0(exponent, DTYPE: tl.constexpr):
+    """Shared exponents (uint8) to 2 ** (u - 127) in fp32 or bf16, exactly; 255 is NaN.
+
+    2 ** -127 is subnormal in both types, and 255 would be infinity: both need one mantissa bit.
+    """
+    special = (exponent == 0) | (exponent == 255)
+    if DTYPE == tl.float32:
+        bits = (exponent.to(tl.uint32) << 23) | tl.where(special, 0x400000, 0).to(tl.uint32)
+    else:
+        bits = (exponent.to(tl.uint16) << 7) | tl.where(special, 0x40, 0).to(tl.uint16)
+    return bits.to(DTYPE, bitcast=True)
+
+
+@triton.jit
+def pack_nibbles(codes):
+    """Codes [R, K] in low nibbles to bytes [R, K / 2]; the even K index is the low nibble."""
+    pairs = tl.reshape(codes, (codes.shape[0], codes.shape[1] // 2, 2))
+    low, high = tl.split(pairs)
+    return low | (high << 4)
+
+
+@triton.jit
+def unpack_nibbles(packed):
+    """Bytes [R, K / 2] to codes [R, K] in low nibbles; inverse of pack_nibbles."""
+    return tl.interleave(packed & 0xF, packed >> 4)
