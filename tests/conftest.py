@@ -1,0 +1,22 @@
+"""Options and settings of all tests."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+from hypothesis import settings
+
+settings.register_profile("default", deadline=None, print_blob=True)
+settings.register_profile("ci", parent=settings.get_profile("default"), derandomize=True)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--aot",
+        choices=("quick", "ci", "all"),
+        default="quick",
+        help="how many kernel configurations to compile: one for each family and target (quick), "
+        "those and a sample that changes daily (ci), or every one (all)",
+    )
