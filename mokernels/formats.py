@@ -23,6 +23,9 @@ E8M0_BIAS = 127
 """A shared exponent byte u stands for 2 ** (u - 127)."""
 E8M0_NAN = 255
 """The byte that the MX specification gives to NaN; no quantizer writes it."""
+MXFP8_MAX_EXPONENT = 246
+"""Largest exponent byte u of which every product stays finite in bf16: 448 * 2 ** (u - 127) has to
+stay below 2 ** 128, and 448 = 1.75 * 2 ** 8."""
 FP8_BLOCK = 128
 """Side of FP8_PB_WO's square weight blocks, and length of 1x128 activation blocks."""
 NVFP4_BLOCK = 16
@@ -268,13 +271,53 @@ KV_CACHE_LEAVES: Mapping[str, tuple[str, ...]] = MappingProxyType(
 SCALE_LEAVES: tuple[str, ...] = ("weight_scale", "weight_scale_2", "input_scale")
 """Leaves that make a module a quantized one, whatever the configuration says."""
 
-FOREIGN_LEAVES: tuple[str, ...] = (
-    "pre_quant_scale",
-    "weight_scale_inv",
-    "weight_quantizer._svdquant_lora_a",
-    "weight_quantizer._svdquant_lora_b",
+FOREIGN_LEAVES: Mapping[str, str] = MappingProxyType(
+    {
+        "pre_quant_scale": "the AWQ, SVD and SmoothQuant algorithms of ModelOpt",
+        "weight_quantizer._svdquant_lora_a": "ModelOpt's NVFP4_SVD",
+        "weight_quantizer._svdquant_lora_b": "ModelOpt's NVFP4_SVD",
+        "svdquant_lora_a": "ModelOpt's NVFP4_SVD",
+        "svdquant_lora_b": "ModelOpt's NVFP4_SVD",
+        "weight_quantizer._scale": "a ModelOpt model that was compressed but not exported",
+        "weight_scale_inv": "DeepSeek's FP8 layout",
+        "weight_packed": "compressed-tensors",
+        "weight_global_scale": "compressed-tensors",
+        "input_global_scale": "compressed-tensors",
+        "weight_zero_point": "compressed-tensors",
+        "qweight": "GPTQ or AutoAWQ",
+        "qzeros": "GPTQ or AutoAWQ",
+    }
 )
-"""Leaves of formats that this version does not run; met on a layer, they are an error."""
+"""Leaves of formats that this version does not run, and whose they are; an error on any module."""
+
+FUSED_SUFFIXES: tuple[str, ...] = (
+    "_weight_scale",
+    "_weight_scale_2",
+    "_input_scale",
+    "_pre_quant_scale",
+)
+"""Ends of a leaf's name where the experts of a layer are one 3-D tensor, for example
+``experts.gate_up_proj_weight_scale``; such layers are not run yet."""
+
+EMBEDDING_NAMES: frozenset[str] = frozenset(
+    {
+        "embed_tokens",
+        "embeddings",
+        "embedding",
+        "word_embeddings",
+        "tok_embeddings",
+        "token_embd",
+        "position_embeddings",
+        "position_embedding",
+        "token_type_embeddings",
+        "embed_positions",
+        "wte",
+        "wpe",
+        "embed_in",
+        "word_embed",
+    }
+)
+"""Last parts of the names of modules that look a row up; no algorithm here quantizes those."""
 
 
 def find_format(name: str) -> Format | None:
