@@ -9,9 +9,16 @@ from mokernels.layers.linear import (
     StoredSpec,
     linear_class,
 )
-from mokernels.layers.swap import attach_kv_scales, make_layer
+from mokernels.layers.swap import (
+    ACTIVATION_CHOICES,
+    attach_kv_scales,
+    check_activation_choice,
+    choose_activation,
+    make_layer,
+)
 
 __all__ = [
+    "ACTIVATION_CHOICES",
     "Explanation",
     "FP8Linear",
     "MXFP8Linear",
@@ -19,6 +26,8 @@ __all__ = [
     "QuantizedLinear",
     "StoredSpec",
     "attach_kv_scales",
+    "check_activation_choice",
+    "choose_activation",
     "explain",
     "linear_class",
     "make_layer",

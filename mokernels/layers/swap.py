@@ -65,3 +65,41 @@ def attach_kv_scales(module: nn.Module, tensors: Mapping[str, StoredSpec]) -> No
     device = weight.device if isinstance(weight, torch.Tensor) else None
     for leaf, spec in tensors.items():
         module.register_buffer(leaf, torch.empty(spec.shape, dtype=spec.dtype, device=device))
+
+
+def choose_activation(format: Format, choice: str, *, has_input_scale: bool = True) -> Activation:
+    """What ``activations=choice`` means for a layer of ``format``.
+
+    Args:
+        format: of the layer's weight.
+        choice: ``"checkpoint"`` (what the checkpoint asks for), ``"16bit"`` (activations are not
+            quantized) or ``"fp8_block"`` (FP8_PB_WO alone: E4M3 in 1x128 blocks, as vLLM does).
+        has_input_scale: whether the checkpoint stores calibrated scales; FP8 without them is
+            quantized per token.
+
+    Raises:
+        ArgumentError: the choice is none of these, or does not fit the format.
+    """
+    check_activation_choice(choice)
+    if choice == "checkpoint":
+        static = format.activation is Activation.FP8_STATIC
+        return Activation.FP8_PER_TOKEN if static and not has_input_scale else format.activation
+    activation = Activation(choice)
+    if activation not in format.activations:
+        raise ArgumentError(
+            f"activations={choice!r} does not fit a checkpoint in {format.name}; it is for "
+            "FP8_PB_WO alone. Leave it out, or use '16bit'."
+        )
+    return activation
+
+
+def check_activation_choice(choice: str) -> None:
+    """Raise ArgumentError unless ``choice`` is a value that ``activations=`` can take."""
+    if choice not in ACTIVATION_CHOICES:
+        raise ArgumentError(
+            f"activations={choice!r} is not known, wanted one of "
+            f"{', '.join(map(repr, ACTIVATION_CHOICES))}."
+        )
+
+
+ACTIVATION_CHOICES = ("checkpoint", "16bit", "fp8_block")

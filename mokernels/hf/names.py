@@ -1,0 +1,77 @@
+"""Checkpoint names and module names of a transformers model.
+
+Both are the same for most models. Where they differ (a checkpoint of a full model loaded into its
+base class, vision-language models, renamed architectures), transformers renames keys as it loads;
+we ask the same functions, so that what is planned is what will be loaded.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from torch import nn
+
+
+class Namer:
+    """From a checkpoint's tensor names to a model's parameter names.
+
+    Args:
+        model: a transformers model, its layers not replaced yet.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, WeightRenaming
+
+        mapping = get_model_conversion_mapping(model)
+        self._renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+        self._converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+        self._prefix = model.base_model_prefix
+        self._model = model
+        self.parameters = dict(model.state_dict())
+        self.modules = dict(model.named_modules())
+
+    def parameter(self, key: str) -> str:
+        """Name in the model of the tensor ``key`` (the first, where one becomes several)."""
+        from transformers.core_model_loading import rename_source_key
+
+        renamed: str = rename_source_key(
+            key, self._renamings, self._converters, self._prefix, self.parameters
+        )[0]
+        return key if renamed not in self.parameters and key in self.parameters else renamed
+
+    def module(self, layer: str) -> str:
+        """Name in the model of the layer ``layer``, by the name that its weight gets."""
+        return self.parameter(f"{layer}.weight").removesuffix(".weight")
+
+    def linear_layers(self, keys: Iterable[str]) -> list[str]:
+        """Names in the checkpoint, whose tensors are ``keys``, of the model's ``nn.Linear``s."""
+        layers = [key.removesuffix(".weight") for key in keys if key.endswith(".weight")]
+        return [
+            layer for layer in layers if isinstance(self.modules.get(self.module(layer)), nn.Linear)
+        ]
+
+    def missing(self, keys: Iterable[str]) -> list[str]:
+        """Parameters of the base model that no tensor of the checkpoint fills.
+
+        transformers initialises them at random with a warning. New heads on top of the base model
+        are left to it: they are what fine-tuning starts from. So are models whose tensors it
+        merges or splits while loading.
+        """
+        if self._converters:
+            return []
+        filled = {self.parameter(key) for key in keys}
+        tied = getattr(self._model, "all_tied_weights_keys", None) or {}
+        for target, source in tied.items():
+            if {target, source} & filled:
+                filled |= {target, source}
+        ignored = getattr(self._model, "_keys_to_ignore_on_load_missing", None) or ()
+        prefix = f"{self._prefix}." if self._prefix in self.modules else ""
+        return [
+            name
+            for name in self.parameters
+            if name.startswith(prefix)
+            and name not in filled
+            and not any(re.search(pattern, name) for pattern in ignored)
+        ]

@@ -1,0 +1,217 @@
+"""The quantizer that transformers calls for checkpoints with ``quant_method: modelopt``."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers.quantizers import auto
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from mokernels.checkpoint import CheckpointPlan, LayerPlan, audit, open_checkpoint
+from mokernels.errors import CheckpointError, Finding
+from mokernels.hf.names import Namer
+from mokernels.layers import (
+    QuantizedLinear,
+    StoredSpec,
+    attach_kv_scales,
+    check_activation_choice,
+    choose_activation,
+    make_layer,
+)
+
+logger = logging.getLogger("mokernels")
+
+METHODS = ("modelopt", "modelopt_fp8", "modelopt_fp4", "modelopt_mxfp8", "modelopt_mixed")
+"""Values of ``quant_method`` that mark a ModelOpt checkpoint; exports write the first."""
+
+
+def register() -> None:
+    """Tell transformers which classes handle ModelOpt checkpoints; safe to call twice."""
+    for method in METHODS:
+        auto.AUTO_QUANTIZATION_CONFIG_MAPPING[method] = ModelOptConfig
+        auto.AUTO_QUANTIZER_MAPPING[method] = ModelOptQuantizer
+    types = auto.LOADING_ATTRIBUTES_CONFIG_TYPES
+    if ModelOptConfig not in types:
+        auto.LOADING_ATTRIBUTES_CONFIG_TYPES = (*types, ModelOptConfig)
+
+
+class ModelOptConfig(QuantizationConfigMixin):
+    """``quantization_config`` of a ModelOpt checkpoint, kept as it was written.
+
+    Args:
+        activations: how to run it: ``"checkpoint"``, ``"16bit"`` or ``"fp8_block"``; see
+            :func:`mokernels.from_pretrained`. It is not saved.
+        written: the fields of config.json.
+    """
+
+    def __init__(self, activations: str = "checkpoint", **written: Any) -> None:
+        self.quant_method = written.setdefault("quant_method", METHODS[0])
+        self.activations = activations
+        self.written = written
+
+    def get_loading_attributes(self) -> dict[str, str]:
+        """What a user may choose anew for a checkpoint that is already quantized."""
+        return {"activations": self.activations}
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as the checkpoint has them, for saving."""
+        return copy.deepcopy(self.written)
+
+
+class ModelOptQuantizer(HfQuantizer):
+    """Audits the checkpoint, replaces linear layers, and leaves the loading to transformers.
+
+    The layers' tensors have the checkpoint's own names and dtypes, so no weight conversion is
+    needed, and what is saved later is what was loaded.
+    """
+
+    requires_calibration = True  # quantizing while loading is not offered
+
+    quantization_config: ModelOptConfig
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse an unknown choice of activations before anything is read."""
+        check_activation_choice(self.quantization_config.activations)
+
+    def update_weight_conversions(self, weight_conversions: Any, model: Any = None) -> Any:
+        """None of our own; the signature covers transformers before and after 5.21."""
+        return weight_conversions
+
+    def _process_model_before_weight_loading(
+        self, model: nn.Module, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> None:
+        namer = Namer(model)
+        plan = self._audited_plan(model, namer, checkpoint_files)
+        modules = {layer.name: namer.module(layer.name) for layer in plan.layers}
+        projections = {name: namer.module(name) for name in plan.kv_scales}
+        for layer in plan.layers:
+            self._replace(model, layer, modules[layer.name])
+        for projection, tensors in plan.kv_scales.items():
+            attach_kv_scales(model.get_submodule(projections[projection]), stored_specs(tensors))
+        untie(model, set(modules.values()))
+
+    def _audited_plan(
+        self, model: nn.Module, namer: Namer, files: list[str] | None
+    ) -> CheckpointPlan:
+        source = getattr(model.config, "name_or_path", "?")
+        if not files or not all(str(file).endswith(".safetensors") for file in files):
+            raise CheckpointError(source, [_not_safetensors(files or [])])
+        with open_checkpoint(Path(files[0]).parent) as checkpoint:
+            names = namer.linear_layers(checkpoint.tensors)
+            report = audit(checkpoint, values="scales", linear_names=names)
+        findings = [
+            *report.errors,
+            *_misfits(namer, report.plan, type(model).__name__),
+            *_missing(namer, checkpoint.tensors),
+        ]
+        if findings:
+            raise CheckpointError(source, findings)
+        for warning in report.warnings:
+            logger.warning("%s", warning)
+        return report.plan
+
+    def _replace(self, model: nn.Module, layer: LayerPlan, module: str) -> None:
+        linear = model.get_submodule(module)
+        activation = choose_activation(
+            layer.format,
+            self.quantization_config.activations,
+            has_input_scale="input_scale" in layer.tensors,
+        )
+        tensors = {
+            leaf: spec for leaf, spec in stored_specs(layer.tensors).items() if leaf != "bias"
+        }
+        new = make_layer(
+            linear, layer.format, tensors=tensors, activation=activation, name=layer.name
+        )
+        # Codes left on the meta device (disk offload) are not to be initialised at random.
+        new._is_hf_initialized = True  # type: ignore[assignment]
+        model.set_submodule(module, new)
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        for module in model.modules():
+            if isinstance(module, QuantizedLinear):
+                # The loader lets every floating parameter ask for a gradient, FP8 codes included.
+                module.requires_grad_(False)
+                module.refresh()
+        return model
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        """``save_pretrained`` writes the checkpoint's tensors back."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Adapters beside the frozen quantized layers can be trained."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        """``generate`` may compile the model."""
+        return True
+
+
+def _not_safetensors(files: list[str]) -> Finding:
+    return Finding(
+        "not-safetensors",
+        "a ModelOpt checkpoint is loaded from safetensors files alone",
+        found=", ".join(Path(file).name for file in files) or "no file",
+        wanted="model.safetensors or its shards",
+        remedy="Load the folder by its path, without state_dict=.",
+    )
+
+
+def _misfits(namer: Namer, plan: CheckpointPlan, architecture: str) -> Iterator[Finding]:
+    """Quantized layers of the checkpoint that are no linear layer of that size in the model."""
+    for layer in plan.layers:
+        module = namer.modules.get(namer.module(layer.name))
+        if isinstance(module, nn.Linear):
+            found = f"Linear({module.in_features}, {module.out_features})"
+        else:
+            found = "no such module" if module is None else type(module).__name__
+        wanted = f"Linear({layer.k}, {layer.n})"
+        if found != wanted:
+            yield Finding(
+                "layer-not-in-model",
+                f"a quantized layer does not fit {architecture}",
+                found=found,
+                wanted=wanted,
+                remedy="Mixtures of experts are not supported by this version; otherwise check "
+                "that config.json is this checkpoint's.",
+                layer=layer.name,
+            )
+
+
+def _missing(namer: Namer, keys: Iterable[str]) -> Iterator[Finding]:
+    for name in namer.missing(keys):
+        yield Finding(
+            "tensor-missing",
+            "the model has a parameter that the checkpoint lacks",
+            remedy="Check that the checkpoint is complete, and that config.json is its own.",
+            tensor=name,
+        )
+
+
+def untie(model: nn.Module, quantized: set[str]) -> None:
+    """Keep transformers from tying a quantized layer's codes to the input embedding.
+
+    ModelOpt stores a quantized ``lm_head`` beside the embedding and leaves
+    ``tie_word_embeddings: true`` in config.json.
+    """
+    owned = {f"{module}.weight" for module in quantized}
+    # The first is what transformers re-reads when tie_weights() is called later (PEFT, users),
+    # the second what it ties while loading.
+    for attribute in ("_tied_weights_keys", "all_tied_weights_keys"):
+        tied = getattr(model, attribute, None)
+        if isinstance(tied, dict):
+            setattr(model, attribute, {k: v for k, v in tied.items() if k not in owned})
+
+
+def stored_specs(tensors: Mapping[str, Any]) -> dict[str, StoredSpec]:
+    """The dtype and shape of stored tensors, by leaf name."""
+    return {leaf: StoredSpec(info.dtype, tuple(info.shape)) for leaf, info in tensors.items()}
