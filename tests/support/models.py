@@ -74,6 +74,7 @@ def export(
     stated_in: tuple[str, ...] = ("config.json", "hf_quant_config.json"),
     keep_tensor: Callable[[str], bool] = lambda name: True,
     extra: dict[str, torch.Tensor] | None = None,
+    same_codes: bool = False,
 ) -> Path:
     """Write ``model`` as ModelOpt would: every nn.Linear but the excluded ones quantized.
 
@@ -86,14 +87,19 @@ def export(
         stated_in: which of the two JSON files mention the quantization.
         keep_tensor: leaves out the tensors for which it is false.
         extra: tensors to add.
+        same_codes: quantize one weight of each shape and store it for all; quicker, where only
+            the sizes matter.
     """
     linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     tensors: dict[str, torch.Tensor] = {}
+    by_shape: dict[torch.Size, dict] = {}
     tied = {id(p) for name, p in model.named_parameters() if "embed" in name}
     for name, value in model.state_dict(keep_vars=True).items():
         layer, _, leaf = name.rpartition(".")
         if layer in linear and layer not in exclude and leaf == "weight":
-            stored = quantized_tensors(format, value.detach())
+            if not same_codes or value.shape not in by_shape:
+                by_shape[value.shape] = quantized_tensors(format, value.detach())
+            stored = by_shape[value.shape]
             tensors |= {f"{layer}.{key}": tensor for key, tensor in stored.items()}
         elif not (layer == "lm_head" and id(value) in tied):
             tensors[name] = value.detach()
