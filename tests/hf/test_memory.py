@@ -37,15 +37,24 @@ print((peak - base) / int(sys.argv[2]))
 """
 
 
+LOADERS = ("AutoModelForCausalLM.from_pretrained", "mokernels.from_pretrained")
+SIZES = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 10,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 4096,
+}
+
+
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
-@pytest.mark.parametrize(
-    "load", ["AutoModelForCausalLM.from_pretrained", "mokernels.from_pretrained"]
-)
+@pytest.mark.parametrize("load", LOADERS)
 @pytest.mark.parametrize("format", ["FP8", "NVFP4"])
 def test_peak_while_loading(tmp_path, format, load):
-    model = tiny_model(hidden_size=1024, intermediate_size=4096, num_hidden_layers=10,
-                       num_attention_heads=8, num_key_value_heads=8, head_dim=128, vocab_size=4096)  # fmt: skip
-    folder = export(model, tmp_path, format)
+    model = tiny_model(**SIZES)
+    folder = export(model, tmp_path, format, same_codes=True)
     del model
     size = (folder / "model.safetensors").stat().st_size
     assert size >= 100e6
