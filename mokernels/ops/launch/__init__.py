@@ -5,3 +5,55 @@ under Triton's interpreter), and a keyword ``target`` that overrides the device'
 the choices of every target that way. It plans its launches as data (:class:`plan.Launch`), which
 the tests compile ahead of time for targets that this machine lacks, and then runs them.
 """
+
+from mokernels.ops.launch.gemm import (
+    fp8_gemm,
+    fp8_weight_only_gemm,
+    mxfp8_gemm,
+    mxfp8_weight_only_gemm,
+    nvfp4_gemm,
+    nvfp4_weight_only_gemm,
+)
+from mokernels.ops.launch.linear import (
+    fp8_block_linear,
+    fp8_linear,
+    fp8_per_token_linear,
+    mxfp8_linear,
+    nvfp4_linear,
+)
+from mokernels.ops.launch.quantize import (
+    dequantize_fp8,
+    dequantize_fp8_per_block,
+    dequantize_fp8_per_token,
+    dequantize_mxfp8,
+    dequantize_nvfp4,
+    quantize_fp8,
+    quantize_fp8_per_block,
+    quantize_fp8_per_token,
+    quantize_mxfp8,
+    quantize_nvfp4,
+)
+
+__all__ = [
+    "dequantize_fp8",
+    "dequantize_fp8_per_block",
+    "dequantize_fp8_per_token",
+    "dequantize_mxfp8",
+    "dequantize_nvfp4",
+    "fp8_block_linear",
+    "fp8_gemm",
+    "fp8_linear",
+    "fp8_per_token_linear",
+    "fp8_weight_only_gemm",
+    "mxfp8_gemm",
+    "mxfp8_linear",
+    "mxfp8_weight_only_gemm",
+    "nvfp4_gemm",
+    "nvfp4_linear",
+    "nvfp4_weight_only_gemm",
+    "quantize_fp8",
+    "quantize_fp8_per_block",
+    "quantize_fp8_per_token",
+    "quantize_mxfp8",
+    "quantize_nvfp4",
+]

@@ -1,0 +1,126 @@
+"""NVFP4 and MXFP8 weights, decoded and scaled in registers, times 16-bit or fp32 activations."""
+
+import triton
+import triton.language as tl
+
+from mokernels.ops.kernels.elements import decode_e8m0
+from mokernels.ops.kernels.tiles import (
+    as_operand,
+    by_rows,
+    indices,
+    load_activations,
+    load_weights,
+    multiply,
+    new_accumulator,
+    row_pointers,
+    split_bounds,
+    store_output,
+    store_partial,
+    tile_of_program,
+    weight_rows,
+)
+
+
+@triton.jit
+def scaled_groups(values, scale):
+    """Values [N, K] times scale [N, K / g], each scale for g neighbours."""
+    rows: tl.constexpr = values.shape[0]
+    groups: tl.constexpr = scale.shape[1]
+    grouped = tl.reshape(values, (rows, groups, values.shape[1] // groups))
+    return tl.reshape(grouped * scale[:, :, None], (rows, values.shape[1]))
+
+
+@triton.jit
+def decode_nvfp4(packed, scale, DTYPE: tl.constexpr):
+    """Bytes [N, K / 2] and E4M3 scales [N, K / 16] to code * scale * 2 ** -8 (fp16) or 2 ** -9.
+
+    A code's sign and magnitude are moved to their places in a float, which makes code * 2 ** -14
+    (fp16) or 2 ** -126 (bf16, fp32); one multiplication by the block scale, itself times a power
+    of two, both scales and undoes that. It is exact, since code * scale has at most 6 significant
+    bits and is a multiple of 2 ** -10 below 2 ** 12. The power of two that is left over keeps
+    scale * 2 ** 126 inside the type; :func:`left_over` is its inverse.
+    """
+    low = packed & 0xF
+    high = packed >> 4
+    codes = tl.interleave(low, high).to(tl.uint16)
+    if DTYPE == tl.float16:
+        moved = ((codes & 8) << 12) | ((codes & 7) << 9)
+        values = moved.to(tl.float16, bitcast=True)
+        factor = (as_operand(scale, tl.float32) * 64.0).to(tl.float16)
+    else:
+        moved = ((codes & 8) << 12) | ((codes & 7) << 6)
+        values = moved.to(tl.bfloat16, bitcast=True)
+        factor = (as_operand(scale, tl.float32) * 1.661534994731145e35).to(tl.bfloat16)  # 2 ** 117
+    return scaled_groups(values, factor).to(DTYPE)
+
+
+@triton.jit
+def decode_mxfp8(codes, exponents, DTYPE: tl.constexpr):
+    """E4M3 codes [N, K] and exponents [N, K / 32] to code * 2 ** (u - 127).
+
+    Exact in fp32 and bf16 but for products below 2 ** -133 (bf16; 2 ** -149 in fp32), which round.
+    """
+    return scaled_groups(as_operand(codes, DTYPE), decode_e8m0(exponents, DTYPE))
+
+
+@triton.jit(do_not_specialize=["M", "blocks_per_split"])
+def gemm_decode(
+    x,
+    w,
+    block_scale,
+    scale_x,
+    scale_w,
+    bias,
+    out,
+    M,
+    N,
+    K,
+    stride_x,
+    stride_w,
+    stride_block_scale,
+    stride_sx,
+    stride_sw,
+    blocks_per_split,
+    FORMAT: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    SPLIT: tl.constexpr,
+    SWAP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    """Out [M, N] = (x [M, K] @ decode(w, block_scale) [N, K].T) * scale_x * scale_w + bias [N].
+
+    FORMAT is "nvfp4" (w bytes [N, K / 2], block_scale E4M3 [N, K / 16]) or "mxfp8" (w E4M3 [N, K],
+    block_scale exponents [N, K / 32]). x is brought to COMPUTE, in which the decoded weight is
+    exact: bf16, fp16 (NVFP4 only) or fp32. scale_x and scale_w are global fp32 scalars or None.
+    With SPLIT, ``out`` is the fp32 workspace of partial sums [splits, M, N].
+    """
+    PACKED: tl.constexpr = 2 if FORMAT == "nvfp4" else 1
+    GROUP: tl.constexpr = 16 if FORMAT == "nvfp4" else 32
+    tile_m, tile_n = tile_of_program(M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    rm = indices(tile_m, BLOCK_M)
+    rn = indices(tile_n, BLOCK_N)
+    x_rows = row_pointers(x, rm, stride_x)
+    w_rows = weight_rows(w, rn, N, stride_w)
+    s_rows = weight_rows(block_scale, rn, N, stride_block_scale)
+    start, stop = split_bounds(K, blocks_per_split, BLOCK_K)
+    acc = new_accumulator(BLOCK_M, BLOCK_N, SWAP)
+    for k in range(start, stop, BLOCK_K):
+        x_tile = load_activations(x_rows, rm < M, k, BLOCK_K, K, EVEN_K).to(COMPUTE)
+        codes = load_weights(w_rows, k // PACKED, BLOCK_K // PACKED, K // PACKED, EVEN_K)
+        scale = load_weights(s_rows, k // GROUP, BLOCK_K // GROUP, K // GROUP, EVEN_K)
+        if FORMAT == "nvfp4":
+            w_tile = decode_nvfp4(codes, scale, COMPUTE)
+        else:
+            w_tile = decode_mxfp8(codes, scale, COMPUTE)
+        acc = multiply(x_tile, w_tile, acc, SWAP, None)
+    acc = by_rows(acc, SWAP)
+    if FORMAT == "nvfp4":
+        acc = acc * (256.0 if COMPUTE == tl.float16 else 512.0)
+    if SPLIT:
+        store_partial(acc, rm, rn, M, N, out)
+    else:
+        store_output(acc, rm, rn, M, N, scale_x, stride_sx, scale_w, stride_sw, bias, out)

@@ -1,0 +1,88 @@
+"""NVFP4 x NVFP4 and MXFP8 x MXFP8 on matrix units that apply the block scales themselves."""
+
+import triton
+import triton.language as tl
+
+from mokernels.ops.kernels.tiles import (
+    by_rows,
+    indices,
+    load_activations,
+    load_weights,
+    new_accumulator,
+    row_pointers,
+    split_bounds,
+    store_output,
+    store_partial,
+    tile_of_program,
+    weight_rows,
+)
+
+
+@triton.jit
+def multiply_scaled(x, scale_x, w, scale_w, acc, ELEMENT: tl.constexpr, SWAP: tl.constexpr):
+    """Acc + x @ w.T, each operand times its block scales."""
+    if SWAP:
+        acc = tl.dot_scaled(w, scale_w, ELEMENT, tl.trans(x), scale_x, ELEMENT, acc)
+    else:
+        acc = tl.dot_scaled(x, scale_x, ELEMENT, tl.trans(w), scale_w, ELEMENT, acc)
+    return acc
+
+
+@triton.jit(do_not_specialize=["M", "blocks_per_split"])
+def gemm_native(
+    x,
+    w,
+    block_scale_x,
+    block_scale_w,
+    scale_x,
+    scale_w,
+    bias,
+    out,
+    M,
+    N,
+    K,
+    stride_x,
+    stride_w,
+    stride_bx,
+    stride_bw,
+    stride_sx,
+    stride_sw,
+    blocks_per_split,
+    ELEMENT: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    SPLIT: tl.constexpr,
+    SWAP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    """Out [M, N] = (decode(x) @ decode(w).T) * scale_x * scale_w + bias [N].
+
+    ELEMENT is "e2m1" (NVFP4: bytes [., K / 2] with E4M3 scales [., K / 16]) or "e4m3" (MXFP8: codes
+    [., K] with exponents [., K / 32]). scale_x and scale_w are global fp32 scalars or None.
+    With SPLIT, ``out`` is the fp32 workspace of partial sums [splits, M, N].
+    """
+    PACKED: tl.constexpr = 2 if ELEMENT == "e2m1" else 1
+    GROUP: tl.constexpr = 16 if ELEMENT == "e2m1" else 32
+    tile_m, tile_n = tile_of_program(M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    rm = indices(tile_m, BLOCK_M)
+    rn = indices(tile_n, BLOCK_N)
+    x_rows = row_pointers(x, rm, stride_x)
+    bx_rows = row_pointers(block_scale_x, rm, stride_bx)
+    w_rows = weight_rows(w, rn, N, stride_w)
+    bw_rows = weight_rows(block_scale_w, rn, N, stride_bw)
+    start, stop = split_bounds(K, blocks_per_split, BLOCK_K)
+    acc = new_accumulator(BLOCK_M, BLOCK_N, SWAP)
+    for k in range(start, stop, BLOCK_K):
+        item, group = k // PACKED, k // GROUP
+        x_tile = load_activations(x_rows, rm < M, item, BLOCK_K // PACKED, K // PACKED, EVEN_K)
+        bx = load_activations(bx_rows, rm < M, group, BLOCK_K // GROUP, K // GROUP, EVEN_K)
+        w_tile = load_weights(w_rows, item, BLOCK_K // PACKED, K // PACKED, EVEN_K)
+        bw = load_weights(bw_rows, group, BLOCK_K // GROUP, K // GROUP, EVEN_K)
+        acc = multiply_scaled(x_tile, bx, w_tile, bw, acc, ELEMENT, SWAP)
+    acc = by_rows(acc, SWAP)
+    if SPLIT:
+        store_partial(acc, rm, rn, M, N, out)
+    else:
+        store_output(acc, rm, rn, M, N, scale_x, stride_sx, scale_w, stride_sw, bias, out)

@@ -1,0 +1,362 @@
+"""Launchers of the GEMM operators.
+
+Each ``plan_*`` allocates its outputs and workspaces and returns the result with the launches that
+fill it; it runs nothing and reads no device, so that it works on meta tensors.
+
+Operands keep their row strides; an operand whose last dimension is not contiguous is copied first,
+as are activations whose leading dimensions cannot be seen as one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from mokernels.ops.checks import out_dtype_of
+from mokernels.ops.configs import Kind, choose, kind_of_fp8
+from mokernels.ops.kernels.gemm_block import gemm_block
+from mokernels.ops.kernels.gemm_decode import gemm_decode
+from mokernels.ops.kernels.gemm_epilogue import gemm_epilogue
+from mokernels.ops.kernels.gemm_native import gemm_native
+from mokernels.ops.launch.plan import Launch
+from mokernels.ops.launch.product import (
+    Ending,
+    Operands,
+    Planned,
+    codes_of,
+    dense_columns,
+    plan_product,
+    rows_of,
+    run,
+)
+from mokernels.ops.launch.quantize import plan_dequantize_mxfp8, plan_dequantize_nvfp4
+from mokernels.ops.target import Target, target_of
+
+_TRITON_DTYPES = {
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+    torch.float32: tl.float32,
+}
+
+
+def fp8_gemm(
+    a: Tensor,
+    b: Tensor,
+    scale_a: Tensor,
+    scale_b: Tensor,
+    bias: Tensor | None = None,
+    out_dtype: str = "bfloat16",
+    fast_accum: bool = False,
+    plan_n: int = 0,
+    *,
+    target: Target | None = None,
+) -> Tensor:
+    """FP8 by FP8; see ``mokernels::fp8_gemm``."""
+    dtype, target = out_dtype_of("fp8_gemm", out_dtype), target or target_of(a.device)
+    return run(
+        plan_fp8_gemm(a, b, scale_a, scale_b, bias, dtype, fast_accum, plan_n, target=target)
+    )
+
+
+def nvfp4_gemm(
+    a: Tensor,
+    b: Tensor,
+    scale_a: Tensor,
+    scale_b: Tensor,
+    global_scale_a: Tensor,
+    global_scale_b: Tensor,
+    bias: Tensor | None = None,
+    out_dtype: str = "bfloat16",
+    plan_n: int = 0,
+    *,
+    target: Target | None = None,
+) -> Tensor:
+    """NVFP4 by NVFP4; see ``mokernels::nvfp4_gemm``."""
+    dtype, target = out_dtype_of("nvfp4_gemm", out_dtype), target or target_of(a.device)
+    globals_ = (global_scale_a, global_scale_b)
+    return run(
+        plan_nvfp4_gemm(a, b, scale_a, scale_b, *globals_, bias, dtype, plan_n, target=target)
+    )
+
+
+def mxfp8_gemm(
+    a: Tensor,
+    b: Tensor,
+    scale_a: Tensor,
+    scale_b: Tensor,
+    bias: Tensor | None = None,
+    out_dtype: str = "bfloat16",
+    plan_n: int = 0,
+    *,
+    target: Target | None = None,
+) -> Tensor:
+    """MXFP8 by MXFP8; see ``mokernels::mxfp8_gemm``."""
+    dtype, target = out_dtype_of("mxfp8_gemm", out_dtype), target or target_of(a.device)
+    return run(plan_mxfp8_gemm(a, b, scale_a, scale_b, bias, dtype, plan_n, target=target))
+
+
+def fp8_weight_only_gemm(
+    x: Tensor,
+    b: Tensor,
+    scale_b: Tensor,
+    bias: Tensor | None = None,
+    plan_n: int = 0,
+    *,
+    target: Target | None = None,
+) -> Tensor:
+    """Float by FP8; see ``mokernels::fp8_weight_only_gemm``."""
+    target = target or target_of(x.device)
+    return run(plan_fp8_weight_only(x, b, scale_b, bias, plan_n, target=target))
+
+
+def nvfp4_weight_only_gemm(
+    x: Tensor,
+    b: Tensor,
+    scale_b: Tensor,
+    global_scale_b: Tensor,
+    bias: Tensor | None = None,
+    plan_n: int = 0,
+    *,
+    target: Target | None = None,
+) -> Tensor:
+    """Float by NVFP4; see ``mokernels::nvfp4_weight_only_gemm``."""
+    target = target or target_of(x.device)
+    return run(
+        plan_nvfp4_decode(x, b, scale_b, None, global_scale_b, bias, x.dtype, plan_n, target=target)
+    )
+
+
+def mxfp8_weight_only_gemm(
+    x: Tensor,
+    b: Tensor,
+    scale_b: Tensor,
+    bias: Tensor | None = None,
+    plan_n: int = 0,
+    *,
+    target: Target | None = None,
+) -> Tensor:
+    """Float by MXFP8; see ``mokernels::mxfp8_weight_only_gemm``."""
+    target = target or target_of(x.device)
+    return run(plan_mxfp8_decode(x, b, scale_b, bias, x.dtype, plan_n, target=target))
+
+
+def plan_fp8_gemm(
+    a: Tensor,
+    b: Tensor,
+    scale_a: Tensor,
+    scale_b: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    fast_accum: bool = False,
+    plan_n: int = 0,
+    *,
+    target: Target,
+) -> Planned:
+    """[..., N] of ``dtype`` from E4M3 [..., K] and [N, K], with scales of any granularity."""
+    # Scales of 1x128 blocks have as many dimensions as the codes; fewer mean one for each row.
+    a_blocks = scale_a.dim() == a.dim() and tuple(scale_a.shape) != (1,)
+    kind = kind_of_fp8(target, a_blocks or scale_b.dim() == 2, fast_accum)
+    compute = tl.float8e4nv if target.has_fp8_dot else tl.float16
+    out = a.new_empty((*a.shape[:-1], b.shape[0]), dtype=dtype)
+    x = codes_of(rows_of(a), target)
+    block_scale = rows_of(scale_a) if a_blocks else None
+    ending = Ending(out, bias, None if a_blocks else scale_a)
+    launches = _plan_fp8(x, b, block_scale, scale_b, ending, kind, compute, plan_n, target)
+    return out, launches
+
+
+def plan_fp8_weight_only(
+    x: Tensor, b: Tensor, scale_b: Tensor, bias: Tensor | None, plan_n: int = 0, *, target: Target
+) -> Planned:
+    """[..., N] of x's dtype from float [..., K] and E4M3 [N, K]."""
+    kind = Kind.HALF_BLOCK if scale_b.dim() == 2 else Kind.HALF_FP8
+    if x.dtype == torch.float32:
+        kind = Kind.FP32
+    out = x.new_empty((*x.shape[:-1], b.shape[0]))
+    compute, rows = _TRITON_DTYPES[x.dtype], rows_of(x)
+    ending = Ending(out, bias)
+    return out, _plan_fp8(rows, b, None, scale_b, ending, kind, compute, plan_n, target)
+
+
+def plan_nvfp4_gemm(
+    a: Tensor,
+    b: Tensor,
+    scale_a: Tensor,
+    scale_b: Tensor,
+    global_scale_a: Tensor,
+    global_scale_b: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    plan_n: int = 0,
+    *,
+    target: Target,
+) -> Planned:
+    """[..., N] of ``dtype`` from NVFP4 [..., K / 2] and [N, K / 2].
+
+    Where the matrix units do not apply block scales, the activations are first decoded to bf16
+    without their global scale, which is exact.
+    """
+    if not target.has_block_scaled_dot:
+        one = global_scale_a.new_ones(())
+        x, decode = plan_dequantize_nvfp4(a, scale_a, one, "bfloat16", target=target)
+        out, launches = plan_nvfp4_decode(
+            x, b, scale_b, global_scale_a, global_scale_b, bias, dtype, plan_n, target=target
+        )
+        return out, (*decode, *launches)
+    out = a.new_empty((*a.shape[:-1], b.shape[0]), dtype=dtype)
+    ending = Ending(out, bias, global_scale_a, global_scale_b)
+    return out, _plan_native(Kind.NVFP4, a, b, scale_a, scale_b, ending, plan_n, target)
+
+
+def plan_mxfp8_gemm(
+    a: Tensor,
+    b: Tensor,
+    scale_a: Tensor,
+    scale_b: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    plan_n: int = 0,
+    *,
+    target: Target,
+) -> Planned:
+    """[..., N] of ``dtype`` from MXFP8 [..., K] and [N, K].
+
+    Where the matrix units do not apply block scales, the activations are first decoded to bf16,
+    which is exact inside bf16's range.
+    """
+    if not target.has_block_scaled_dot:
+        x, decode = plan_dequantize_mxfp8(a, scale_a, "bfloat16", target=target)
+        out, launches = plan_mxfp8_decode(x, b, scale_b, bias, dtype, plan_n, target=target)
+        return out, (*decode, *launches)
+    out = a.new_empty((*a.shape[:-1], b.shape[0]), dtype=dtype)
+    ending = Ending(out, bias)
+    return out, _plan_native(Kind.MXFP8, a, b, scale_a, scale_b, ending, plan_n, target)
+
+
+def plan_nvfp4_decode(
+    x: Tensor,
+    b: Tensor,
+    scale_b: Tensor,
+    global_scale_a: Tensor | None,
+    global_scale_b: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    plan_n: int = 0,
+    *,
+    target: Target,
+) -> Planned:
+    """[..., N] of ``dtype`` from float x [..., K], times global_scale_a if given, and NVFP4 b."""
+    kind = Kind.FP32 if x.dtype == torch.float32 else Kind.HALF_NVFP4
+    out = x.new_empty((*x.shape[:-1], b.shape[0]), dtype=dtype)
+    ending = Ending(out, bias, global_scale_a, global_scale_b)
+    compute, block_scale = _TRITON_DTYPES[x.dtype], codes_of(dense_columns(scale_b), target)
+    launches = _plan_decode(x, b, block_scale, ending, kind, plan_n, target, "nvfp4", compute)
+    return out, launches
+
+
+def plan_mxfp8_decode(
+    x: Tensor,
+    b: Tensor,
+    scale_b: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    plan_n: int = 0,
+    *,
+    target: Target,
+) -> Planned:
+    """[..., N] of ``dtype`` from float x [..., K] and MXFP8 b.
+
+    fp16 has too few exponents for the decoded weight, so that fp16 activations meet it in fp32.
+    """
+    kind, compute = Kind.FP32, tl.float32
+    if x.dtype == torch.bfloat16:
+        kind, compute = Kind.HALF_MXFP8, tl.bfloat16
+    out = x.new_empty((*x.shape[:-1], b.shape[0]), dtype=dtype)
+    codes, exponents = codes_of(b, target), dense_columns(scale_b)
+    ending = Ending(out, bias)
+    launches = _plan_decode(x, codes, exponents, ending, kind, plan_n, target, "mxfp8", compute)
+    return out, launches
+
+
+def _plan_fp8(
+    x: Tensor,
+    b: Tensor,
+    block_scale_x: Tensor | None,
+    scale_b: Tensor,
+    ending: Ending,
+    kind: Kind,
+    compute: Any,
+    plan_n: int,
+    target: Target,
+) -> tuple[Launch, ...]:
+    """Codes or floats x [M, K] by an FP8 weight, its scale of any granularity."""
+    w = codes_of(dense_columns(b), target)
+    (m, k), n = x.shape, w.shape[0]
+    config = choose(kind, m, n, k, target, plan_n)
+    block_scale_w = scale_b if scale_b.dim() == 2 else None
+    ending = replace(ending, scale_w=scale_b if block_scale_w is None else None)
+    if block_scale_x is None and block_scale_w is None:
+        operands = Operands((x, w), (x.stride(0), w.stride(0)), (m, n, k))
+        return plan_product(
+            gemm_epilogue, operands, ending, config, COMPUTE=compute, PROMOTE=config.promote
+        )
+    operands = Operands(
+        (x, w, block_scale_x, block_scale_w),
+        (x.stride(0), w.stride(0), *_strides(block_scale_x), *_strides(block_scale_w)),
+        (m, n, k),
+    )
+    return plan_product(gemm_block, operands, ending, config, COMPUTE=compute)
+
+
+def _plan_decode(
+    x: Tensor,
+    b: Tensor,
+    block_scale: Tensor,
+    ending: Ending,
+    kind: Kind,
+    plan_n: int,
+    target: Target,
+    weight_format: str,
+    compute: Any,
+) -> tuple[Launch, ...]:
+    """Float x [..., K] by an NVFP4 or MXFP8 weight."""
+    x, w = rows_of(x), dense_columns(b)
+    (m, k), n = x.shape, w.shape[0]
+    strides = (x.stride(0), w.stride(0), block_scale.stride(0))
+    operands = Operands((x, w, block_scale), strides, (m, n, k))
+    config = choose(kind, m, n, k, target, plan_n)
+    return plan_product(
+        gemm_decode, operands, ending, config, FORMAT=weight_format, COMPUTE=compute
+    )
+
+
+def _plan_native(
+    kind: Kind,
+    a: Tensor,
+    b: Tensor,
+    scale_a: Tensor,
+    scale_b: Tensor,
+    ending: Ending,
+    plan_n: int,
+    target: Target,
+) -> tuple[Launch, ...]:
+    """NVFP4 by NVFP4, or MXFP8 by MXFP8, on units that apply the block scales."""
+    x, w = rows_of(a), dense_columns(b)
+    scale_x, scale_w = rows_of(scale_a), dense_columns(scale_b)
+    k = x.shape[1] * (2 if kind is Kind.NVFP4 else 1)
+    sizes = (x.shape[0], w.shape[0], k)
+    pointers = (x, w, scale_x, scale_w)
+    strides = tuple(pointer.stride(0) for pointer in pointers)
+    config = choose(kind, *sizes, target, plan_n)
+    element = "e2m1" if kind is Kind.NVFP4 else "e4m3"
+    operands = Operands(pointers, strides, sizes)
+    return plan_product(gemm_native, operands, ending, config, ELEMENT=element)
+
+
+def _strides(scale: Tensor | None) -> tuple[int, int]:
+    """Row stride and block stride of 2-D block scales; zeros for none."""
+    return (0, 0) if scale is None else (scale.stride(0), scale.stride(1))

@@ -1,0 +1,155 @@
+"""From operands and a configuration to launches: what all GEMM launchers share.
+
+Every GEMM kernel takes its arguments in this order: the operands' pointers; then the ending's
+(``scale_x``, ``scale_w``, ``bias``, ``out``); M, N, K; the operands' strides; the ending's strides;
+the K steps of a partial sum.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mokernels.ops.configs import REDUCE_COLUMNS, GemmConfig
+from mokernels.ops.kernels.reduce import reduce_splits
+from mokernels.ops.launch.plan import Launch
+from mokernels.ops.target import Target
+
+Planned = tuple[Tensor, tuple[Launch, ...]]
+"""A result that is not filled yet, and the launches that fill it, in order."""
+
+
+@dataclass(frozen=True)
+class Operands:
+    """What a kernel reads in its main loop.
+
+    Attributes:
+        pointers: x, w and the scales that enter along K, in the kernel's order; None if absent.
+        strides: of these, in the kernel's order.
+        sizes: M, N and K, in elements.
+    """
+
+    pointers: tuple[Tensor | None, ...]
+    strides: tuple[int, ...]
+    sizes: tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Ending:
+    """What happens to a finished sum: times scale_x [M], times scale_w [N], plus bias [N], cast.
+
+    Attributes:
+        out: contiguous [..., N], of any float dtype.
+        bias: [N] of any float dtype, or None.
+        scale_x: fp32 of any shape with 1 or M items, or None.
+        scale_w: fp32 of any shape with 1 or N items, or None.
+    """
+
+    out: Tensor
+    bias: Tensor | None = None
+    scale_x: Tensor | None = None
+    scale_w: Tensor | None = None
+
+    @property
+    def pointers(self) -> tuple[Tensor | None, ...]:
+        """In the kernels' order; vectors are read by their stride, the bias has to be dense."""
+        bias = None if self.bias is None else self.bias.contiguous()
+        return _vector(self.scale_x), _vector(self.scale_w), bias, self.out
+
+    @property
+    def strides(self) -> tuple[int, int]:
+        """Of scale_x and scale_w; 0 repeats one item."""
+        return _step(_vector(self.scale_x)), _step(_vector(self.scale_w))
+
+
+def plan_product(
+    kernel: Any, operands: Operands, ending: Ending, config: GemmConfig, **constants: Any
+) -> tuple[Launch, ...]:
+    """The launches of one product: one, or with split-K two.
+
+    Args:
+        kernel: one of the GEMM kernels.
+        operands: its operands.
+        ending: what to do with the sums, and where to put them.
+        config: tile, split and pipeline.
+        **constants: compile-time arguments that only this kernel has.
+    """
+    m, n, k = operands.sizes
+    last, last_strides = ending.pointers, ending.strides
+    split = config.split_k > 1
+    if split:
+        partials = ending.out.new_empty((config.split_k, m, n), dtype=torch.float32)
+        last, last_strides = (None, None, None, partials), (0, 0)
+    tiles = -(-m // config.block_m) * -(-n // config.block_n)
+    steps = config.blocks_per_split(k)
+    product = Launch(
+        kernel,
+        (tiles, config.split_k, 1),
+        (*operands.pointers, *last, m, n, k, *operands.strides, *last_strides, steps),
+        {
+            **constants,
+            "EVEN_K": k % config.block_k == 0,
+            "SPLIT": split,
+            "SWAP": config.swap,
+            "BLOCK_M": config.block_m,
+            "BLOCK_N": config.block_n,
+            "BLOCK_K": config.block_k,
+            "GROUP_M": config.group_m,
+        },
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    return (product, _plan_reduction(partials, ending)) if split else (product,)
+
+
+def run(planned: Planned) -> Tensor:
+    """Run the launches in order, on the device of the result, and return the result."""
+    result, launches = planned
+    index = result.device.index
+    if index is None or index == torch.accelerator.current_device_index():
+        _run_all(launches)
+    else:
+        with torch.accelerator.device_index(index):
+            _run_all(launches)
+    return result
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """A tensor [..., K] as [M, K]: a view if K is dense and the strides allow it, else a copy."""
+    if x.stride(-1) != 1:
+        x = x.contiguous()
+    return x.reshape(x.shape[:-1].numel(), x.shape[-1])
+
+
+def dense_columns(w: Tensor) -> Tensor:
+    """A matrix with its last dimension dense: the checkpoint's own, or else a copy."""
+    return w if w.stride(-1) == 1 else w.contiguous()
+
+
+def codes_of(codes: Tensor, target: Target) -> Tensor:
+    """E4M3 codes (or scales) as a kernel for ``target`` reads them: bytes if it lacks the type."""
+    return codes if target.has_fp8_type else codes.view(torch.uint8)
+
+
+def _plan_reduction(partials: Tensor, ending: Ending) -> Launch:
+    splits, m, n = partials.shape
+    constants = {"SPLITS": splits, "BLOCK_M": 1, "BLOCK_N": REDUCE_COLUMNS}
+    arguments = (partials, *ending.pointers, m, n, *ending.strides)
+    grid = (m, -(-n // REDUCE_COLUMNS), 1)
+    return Launch(reduce_splits, grid, arguments, constants, num_warps=4, num_stages=1)
+
+
+def _run_all(launches: tuple[Launch, ...]) -> None:
+    for launch in launches:
+        launch.run()
+
+
+def _vector(scale: Tensor | None) -> Tensor | None:
+    return None if scale is None else scale.reshape(-1)
+
+
+def _step(vector: Tensor | None) -> int:
+    return 0 if vector is None or vector.numel() == 1 else vector.stride(0)
