@@ -22,6 +22,7 @@ from mokernels.checkpoint.plan import (
     CheckpointPlan,
     Group,
     evident_formats,
+    fits,
     group_modules,
     is_quantized,
     join,
@@ -175,13 +176,17 @@ def _group_sizes(format: Format) -> tuple[int | None, ...]:
 
 def _check_input_scales(plan: CheckpointPlan) -> Iterator[Finding]:
     """FP8: all layers have an input_scale, or none; a part of them is a damaged checkpoint."""
-    static = [row for row in plan.layers if row.format.activation is Activation.FP8_STATIC]
-    without = [row for row in static if "input_scale" not in row.tensors]
+    static = [
+        layer
+        for layer in plan.layers
+        if layer.format.activation is Activation.FP8_STATIC and fits(layer.format, layer.tensors)
+    ]
+    without = [layer for layer in static if "input_scale" not in layer.tensors]
     if without and len(without) == len(static):
         yield Finding(
             "input-scale-absent",
             "no FP8 layer has an input_scale",
-            found=f"{len(static)} layers without",
+            found=f"{len(static)} without",
             wanted="calibrated activation scales",
             remedy="Activations are quantized with one dynamic scale per token instead.",
             severity="warning",

@@ -78,13 +78,13 @@ class Section:
         self.errors = errors
         self.data = data
         self.nested = "quantization" in self.data
-        self.body = self._take(self.data, "quantization", Mapping, "an object") or {}
-        if not self.nested:
-            self.body = self.data
+        self.body = self.data
+        if self.nested:
+            self.body = self._take(self.data, "quantization", Mapping, "an object")
 
     def parse(self) -> QuantizationConfig:
         """What it says; wrong types and missing fields go to ``errors``."""
-        if not self._by_modelopt():
+        if self.body is None or not self._by_modelopt():
             return QuantizationConfig(files=(self.file,))
         kv_cache = self._kv_cache()
         return QuantizationConfig(

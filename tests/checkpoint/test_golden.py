@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mokernels.checkpoint import check, open_checkpoint, read_quantization, write_checkpoint
-from mokernels.formats import FORMATS, Activation
+from mokernels.formats import FORMATS
 
 GOLDEN = Path(__file__).parents[1] / "data" / "checkpoints"
 FORMAT_OF = {
