@@ -62,9 +62,9 @@ def from_pretrained(
 def __getattr__(name: str) -> Any:
     # The configuration class needs transformers, which takes seconds to import.
     if name == "ModelOptConfig":
-        from mokernels.hf.load import quantizer
+        from mokernels.hf.load import ModelOptConfig
 
-        return quantizer.ModelOptConfig
+        return ModelOptConfig
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

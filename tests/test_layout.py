@@ -22,7 +22,7 @@ ROOMS = [
     "__main__",
 ]
 ONLY_IN = {
-    "triton": ("ops/kernels",),
+    "triton": ("ops/kernels", "ops/launch"),
     "transformers": ("hf", "demo", "cli"),
     "typer": ("cli",),
     "rich": ("cli", "demo"),

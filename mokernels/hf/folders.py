@@ -39,7 +39,7 @@ def install() -> None:
         return config, unused
 
     get_config_dict.reads_hf_quant_config = True  # type: ignore[attr-defined]
-    PreTrainedConfig.get_config_dict = classmethod(get_config_dict)
+    PreTrainedConfig.get_config_dict = classmethod(get_config_dict)  # type: ignore[arg-type]
 
 
 def add_quantization(

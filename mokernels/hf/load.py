@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import os
+from pathlib import Path
 from typing import Any
 
 import transformers
 import transformers.quantizers.auto  # before our quantizer: the hook calls that once it is loaded
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from mokernels.checkpoint import open_checkpoint
 from mokernels.errors import CheckpointError, Finding
 from mokernels.hf import folders, quantizer
+from mokernels.hf.quantizer import ModelOptConfig
 from mokernels.layers import check_activation_choice
+
+__all__ = ["ModelOptConfig", "from_pretrained"]
 
 _CONFIG_OPTIONS = (
     "cache_dir",
@@ -60,7 +66,10 @@ def from_pretrained(
     check_activation_choice(activations)
     folders.install()
     quantizer.register()
-    config = options.pop("config", None)
+    if os.path.isdir(path_or_id):
+        # Before transformers opens any of them: are these the files they seem to be?
+        open_checkpoint(Path(path_or_id, options.get("subfolder") or "")).close()
+    config = copy.deepcopy(options.pop("config", None))
     if config is None:
         chosen = {name: options[name] for name in _CONFIG_OPTIONS if name in options}
         config = AutoConfig.from_pretrained(path_or_id, **chosen)
@@ -74,9 +83,9 @@ def _choose_activations(config: Any, path_or_id: object, activations: str) -> No
     holder = config
     if getattr(config, "quantization_config", None) is None:
         holder = config.get_text_config()
-    stated = getattr(holder, "quantization_config", None)
-    method = (stated or {}).get("quant_method") if isinstance(stated, dict | None) else None
-    if isinstance(stated, quantizer.ModelOptConfig):
+    stated = getattr(holder, "quantization_config", None) or {}
+    method = stated.get("quant_method") if isinstance(stated, dict) else type(stated).__name__
+    if isinstance(stated, ModelOptConfig):
         stated.activations = activations
     elif method in quantizer.METHODS:
         holder.quantization_config = {**stated, "activations": activations}

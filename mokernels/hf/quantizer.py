@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -100,9 +101,9 @@ class ModelOptQuantizer(HfQuantizer):
         self, model: nn.Module, namer: Namer, files: list[str] | None
     ) -> CheckpointPlan:
         source = getattr(model.config, "name_or_path", "?")
-        if not files or not all(str(file).endswith(".safetensors") for file in files):
-            raise CheckpointError(source, [_not_safetensors(files or [])])
-        with open_checkpoint(Path(files[0]).parent) as checkpoint:
+        with open_checkpoint(_folder(files or [], source)) as checkpoint:
+            if set(checkpoint.files) != {Path(file).name for file in files or []}:
+                raise CheckpointError(source, [_other_files(files or [], checkpoint.files)])
             names = namer.linear_layers(checkpoint.tensors)
             report = audit(checkpoint, values="scales", linear_names=names)
         findings = [
@@ -154,6 +155,42 @@ class ModelOptQuantizer(HfQuantizer):
     def is_compileable(self) -> bool:
         """``generate`` may compile the model."""
         return True
+
+
+def _folder(files: list[str], source: str) -> Path:
+    """The one folder that holds all the files that transformers is going to read."""
+    if not files or not all(str(file).endswith(".safetensors") for file in files):
+        raise CheckpointError(source, [_not_safetensors(files)])
+    folders = {Path(file).parent for file in files}
+    inside = not os.path.isdir(source) or all(
+        Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(source))
+        for folder in folders
+    )
+    if len(folders) != 1 or not inside:
+        raise CheckpointError(
+            source,
+            [
+                Finding(
+                    "file-name",
+                    "the index names files outside of the folder",
+                    found=", ".join(sorted(map(str, folders))),
+                    wanted="files in the folder of the index",
+                    remedy="Do not load this checkpoint unless you trust who made it.",
+                    file="model.safetensors.index.json",
+                )
+            ],
+        )
+    return folders.pop()
+
+
+def _other_files(files: list[str], audited: Iterable[str]) -> Finding:
+    return Finding(
+        "files-not-audited",
+        "transformers would read other files than those of the checkpoint",
+        found=", ".join(sorted(Path(file).name for file in files)),
+        wanted=", ".join(audited),
+        remedy="Load the checkpoint without variant=, and without other weights in its folder.",
+    )
 
 
 def _not_safetensors(files: list[str]) -> Finding:

@@ -263,3 +263,39 @@ def test_warnings_are_told(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, "mokernels"):
         AutoModelForCausalLM.from_pretrained(folder)
     assert "kv" in caplog.text.lower()
+
+
+@pytest.mark.parametrize("load", [AutoModelForCausalLM.from_pretrained, mokernels.from_pretrained])
+@pytest.mark.parametrize("everything", [True, False])
+def test_an_index_that_leads_out_of_the_folder_is_refused(tmp_path, load, everything):
+    original = tiny_model()
+    outside = export(original, tmp_path / "outside", "FP8", shards=2)
+    folder = export(original, tmp_path / "in", "FP8", shards=2)
+    index = folder / "model.safetensors.index.json"
+    weights = json.loads(index.read_text())
+    shards = sorted(set(weights["weight_map"].values()))
+    moved = shards if everything else shards[:1]
+    for name, shard in weights["weight_map"].items():
+        if shard in moved:
+            weights["weight_map"][name] = f"../{outside.name}/{shard}"
+    index.write_text(json.dumps(weights))
+    with pytest.raises(CheckpointError, match=r"\[file-name\].*outside of the folder"):
+        load(folder)
+
+
+def test_a_variant_that_was_not_audited_is_refused(tmp_path):
+    folder = export(tiny_model(), tmp_path, "FP8")
+    (folder / "model.evil.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
+    with pytest.raises(
+        CheckpointError, match=r"found model\.evil\.safetensors, wanted model\.safe"
+    ):
+        AutoModelForCausalLM.from_pretrained(folder, variant="evil")
+
+
+def test_pickled_weights_are_refused(tmp_path):
+    folder = export(tiny_model(), tmp_path, "FP8")
+    torch.save({"a": torch.ones(1)}, folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    for load in (AutoModelForCausalLM.from_pretrained, mokernels.from_pretrained):
+        with pytest.raises(CheckpointError, match="safetensors"):
+            load(folder)
