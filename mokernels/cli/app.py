@@ -1,0 +1,186 @@
+"""The commands and their options."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from mokernels.cli.support import FAILED, Debug, complain, pick_device, sentences, stderr, stdout
+
+app = typer.Typer(
+    name="mokernels",
+    help="NVIDIA ModelOpt checkpoints (FP8, NVFP4, MXFP8) in plain PyTorch.",
+    epilog="Example: mokernels check ./Llama-3.1-8B-Instruct-FP8",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Checkpoint = Annotated[
+    str,
+    typer.Argument(
+        metavar="PATH", help="Folder of a checkpoint, or a model of the Hugging Face hub."
+    ),
+]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, xpu; auto takes a GPU if any.")]
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app(prog_name="mokernels")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        import mokernels
+
+        typer.echo(f"mokernels {mokernels.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    context: typer.Context,
+    debug: Debug = False,
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version."),
+    ] = False,
+) -> None:
+    """NVIDIA ModelOpt checkpoints (FP8, NVFP4, MXFP8) in plain PyTorch."""
+    context.obj = debug
+
+
+@app.command(epilog="Example: mokernels demo --format MXFP8 --output ./SmolLM2-135M-MXFP8")
+@sentences
+def demo(
+    context: typer.Context,
+    model: Annotated[
+        Optional[str],  # noqa: UP045 (older versions of typer do not read str | None)
+        typer.Option(
+            help="Folder, .gguf file or hub name of an unquantized model; "
+            "SmolLM2-135M-Instruct if not given."
+        ),
+    ] = None,
+    format_name: Annotated[
+        str, typer.Option("--format", help="A format that needs no calibration.")
+    ] = "FP8_PER_CHANNEL_PER_TOKEN",
+    output: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--output", "-o", help="Keep the checkpoint in this folder."),
+    ] = None,
+    prompt: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--prompt", "-p", help="What to ask the model."),
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 40,
+    device: Device = "auto",
+    debug: Debug = False,
+) -> None:
+    """Quantize a small real model, write it as a checkpoint, load that, ask it and measure it.
+
+    Fails (exit code 1) if the quantized model's perplexity is more than 5 % above the original's.
+    """
+    from mokernels.demo import flow, report
+    from mokernels.demo.convert import choose_format
+    from mokernels.demo.source import find_source
+
+    format, place = choose_format(format_name), pick_device(device)
+    source = find_source(model, lambda text: stderr().print(text, style="dim"))
+    stderr().print(f"model: {source.origin}", style="dim")
+    request = flow.Request(source, format, output, prompt or flow.PROMPT, max_new_tokens, place)
+    outcome = flow.run(request, report.RichReporter(stderr()))
+    report.print_outcome(stdout(), outcome, format, place)
+    if output is not None:
+        stdout().print(f"The checkpoint is in {output}", markup=False)
+    for problem in outcome.problems:
+        complain(problem)
+    if outcome.problems:
+        raise typer.Exit(FAILED)
+
+
+@app.command(epilog="Example: mokernels inspect ./Llama-3.1-8B-Instruct-NVFP4 --layers")
+@sentences
+def inspect(
+    context: typer.Context,
+    path: Checkpoint,
+    layers: Annotated[bool, typer.Option("--layers", help="List every layer.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Show what a checkpoint holds: configuration, formats, layers, bytes. Reads no weights."""
+    from mokernels.cli.inspect import print_inspection, summarize
+    from mokernels.demo.hub import local_folder
+
+    print_inspection(stdout(), summarize(local_folder(path)), layers=layers)
+
+
+@app.command(epilog="Example: mokernels check ./Llama-3.1-8B-Instruct-FP8 --json")
+@sentences
+def check(
+    context: typer.Context,
+    path: Checkpoint,
+    values: Annotated[
+        str, typer.Option(help="What is read: all, scales, or none (only the headers).")
+    ] = "all",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Audit a checkpoint, without a GPU or a model class; exit code 1 if it has errors."""
+    from mokernels.cli.check import audited, print_report, report_json
+    from mokernels.demo.hub import local_folder
+
+    report = audited(local_folder(path), values)
+    if as_json:
+        typer.echo(report_json(report))
+    else:
+        print_report(stdout(), report)
+    if not report.ok:
+        raise typer.Exit(FAILED)
+
+
+@app.command(epilog='Example: mokernels generate ./Llama-3.1-8B-Instruct-FP8 -p "Why is it dark?"')
+@sentences
+def generate(
+    context: typer.Context,
+    path: Checkpoint,
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="What the model is to answer.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
+    temperature: Annotated[
+        float, typer.Option(min=0.0, help="0 always takes the likeliest token.")
+    ] = 0.0,
+    top_p: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Sample from the likeliest share of tokens.")
+    ] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    device: Device = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="Of what is not quantized: auto, bfloat16, float16, float32.")
+    ] = "auto",
+    activations: Annotated[
+        str, typer.Option(help="checkpoint, 16bit, or fp8_block (for FP8_PB_WO).")
+    ] = "checkpoint",
+    chat: Annotated[
+        Optional[bool],  # noqa: UP045
+        typer.Option(help="Use the chat template; by default where there is one."),
+    ] = None,
+    stream: Annotated[bool, typer.Option(help="Print the text as it is made.")] = True,
+    tokenizer: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Folder or hub name, where the checkpoint has no tokenizer."),
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Load a checkpoint and continue a text or answer a message."""
+    from mokernels.cli import generate as generation
+    from mokernels.demo.hub import local_folder
+
+    sampling = generation.Sampling(max_new_tokens, temperature, top_p, seed)
+    place = generation.Placement(pick_device(device), dtype, activations)
+    text = generation.generate(
+        local_folder(path), prompt, sampling, place, tokenizer=tokenizer, chat=chat, stream=stream
+    )
+    if not stream:
+        typer.echo(text)
