@@ -17,6 +17,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from mokernels.checkpoint import CheckpointPlan, LayerPlan, audit, open_checkpoint
 from mokernels.errors import CheckpointError, Finding
 from mokernels.hf.names import Namer
+from mokernels.hf.parallel import check_shards, register_replicate, scale_styles
 from mokernels.layers import (
     QuantizedLinear,
     StoredSpec,
@@ -84,6 +85,18 @@ class ModelOptQuantizer(HfQuantizer):
         """None of our own; the signature covers transformers before and after 5.21."""
         return weight_conversions
 
+    def preprocess_model(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        """Replace the layers; before transformers 5.21, also extend the parallelism plan here."""
+        super().preprocess_model(model, *args, **kwargs)
+        if not hasattr(HfQuantizer, "update_parallel_plan") and getattr(model, "_tp_plan", None):
+            register_replicate()
+            self.update_parallel_plan(model, model._tp_plan)
+
+    def update_parallel_plan(self, model: nn.Module, plan: dict[str, str]) -> None:
+        """Say how scales follow their weight under tensor parallelism."""
+        if plan:
+            plan.update(scale_styles(model, plan))
+
     def _process_model_before_weight_loading(
         self, model: nn.Module, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
@@ -140,6 +153,7 @@ class ModelOptQuantizer(HfQuantizer):
                 # The loader lets every floating parameter ask for a gradient, FP8 codes included.
                 module.requires_grad_(False)
                 module.refresh()
+        check_shards(model)
         return model
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
