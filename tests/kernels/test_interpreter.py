@@ -265,6 +265,24 @@ def test_a_loaded_value_bounds_a_loop():
     assert out.item() == 1 + 3 + 5 + 7
 
 
+TWELVE: tl.constexpr = tl.constexpr(12)
+
+
+@triton.jit
+def constant_kernel(x, out):
+    v = tl.load(x)
+    tl.store(out, TWELVE * v)
+    tl.store(out + 1, TWELVE - v)
+    tl.store(out + 2, TWELVE // v)
+    tl.store(out + 3, (v < TWELVE).to(tl.int32))
+
+
+def test_a_constant_may_stand_on_the_left():
+    out = torch.empty(4, dtype=torch.int32)
+    constant_kernel[(1,)](torch.tensor([5], dtype=torch.int32), out)
+    assert out.tolist() == [60, 7, 2, 1]
+
+
 @triton.jit
 def assembly_kernel(x, out, TEXT: tl.constexpr, BLOCK: tl.constexpr):
     offsets = tl.arange(0, BLOCK)

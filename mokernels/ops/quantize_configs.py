@@ -1,0 +1,72 @@
+"""Tile sizes of the quantize kernels: pure functions of the shape and the device's size.
+
+They change speed only. What they weigh: a program should have about 32 elements for each thread, so
+that enough loads are in flight, and a small tensor should still give every processor a program.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+LONGEST_ROW = 16384
+"""Longest row that one program keeps in registers; longer ones are read twice."""
+_PASS = 8192
+_TILE = 4096
+_SMALLEST_TILE = 512
+_WIDEST_TILE = 1024
+_THREADS = 32
+
+
+@dataclass(frozen=True)
+class Tile:
+    """What one program computes.
+
+    Attributes:
+        rows: rows of the tile, a power of two.
+        columns: columns, a power of two.
+        warps: of 32 threads.
+    """
+
+    rows: int
+    columns: int
+    warps: int
+
+    def programs(self, rows: int, k: int) -> int:
+        """Number of tiles that cover [rows, k]."""
+        return -(-rows // self.rows) * -(-k // self.columns)
+
+
+def block_tile(rows: int, k: int, group: int, processors: int) -> Tile:
+    """The tile for kernels that treat every ``group`` elements of a row by themselves.
+
+    Args:
+        rows: number of rows.
+        k: elements of a row.
+        group: the number of columns is a multiple of it.
+        processors: multiprocessors of the device.
+    """
+    elements = _TILE
+    while elements > _SMALLEST_TILE and rows * k < 2 * processors * elements:
+        elements //= 2
+    widest = elements if rows == 1 else min(elements, _WIDEST_TILE)
+    columns = max(min(_power_of_two(k), widest), group, 16)
+    height = max(1, min(elements // columns, _power_of_two(rows)))
+    return Tile(height, columns, _warps(height * columns, per_thread=32))
+
+
+def row_tile(rows: int, k: int, processors: int) -> Tile:
+    """The tile for kernels that reduce whole rows; narrower than K if K is above LONGEST_ROW."""
+    columns = max(_power_of_two(k), 16) if k <= LONGEST_ROW else _PASS
+    height = 1
+    while 2 * height * columns <= _TILE // 2 and rows >= 4 * height * processors:
+        height *= 2
+    return Tile(height, columns, _warps(height * columns, per_thread=16))
+
+
+def _warps(elements: int, per_thread: int) -> int:
+    return min(16, max(1, elements // (per_thread * _THREADS)))
+
+
+def _power_of_two(n: int) -> int:
+    """The smallest power of two that is at least n (and 1)."""
+    return 1 << max(0, n - 1).bit_length()

@@ -1,0 +1,413 @@
+"""The quantize and dequantize launchers against mokernels.numerics, bit for bit, on all targets."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mokernels import numerics
+from mokernels.formats import NVFP4_BLOCK
+from mokernels.ops.launch import quantize as launch
+from mokernels.ops.quantize_configs import LONGEST_ROW
+from mokernels.ops.target import CUDA_TARGETS, HIP_TARGETS, SM_80, SM_90, Target, target_of
+from tests.support.compare import assert_same_bits
+from tests.support.interpreter import interpreting
+
+FLOATS = [torch.bfloat16, torch.float16, torch.float32]
+every_float = pytest.mark.parametrize("dtype", FLOATS, ids=lambda d: str(d)[6:])
+
+
+def targets() -> list[Target]:
+    """One target of each way through the kernels; on a GPU its own.
+
+    With one processor the tiles are large, of which the interpreter needs fewer.
+    """
+    if not interpreting():
+        return [target_of(torch.device("cuda", 0))] if torch.cuda.is_available() else []
+    ways = {(t.has_fp8_type, t.casts_fp8_once): t for t in (*HIP_TARGETS, *CUDA_TARGETS)}
+    return [replace(target, processors=1) for target in ways.values()]
+
+
+every_target = pytest.mark.parametrize("target", targets(), ids=lambda t: t.name)
+
+
+def all_bf16(rows: int = 64) -> torch.Tensor:
+    """Every bf16 value once, [rows, 65536 / rows], neighbours in one row."""
+    bits = torch.arange(65536, dtype=torch.int32).to(torch.int16)
+    return bits.view(torch.bfloat16).view(rows, -1)
+
+
+def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def hard_rows() -> torch.Tensor:
+    """Rows [14, 256] that decide the corner cases of every format, fp32."""
+    noise = normal(256, dtype=torch.float32)
+    tie_of_amax = torch.full((256,), 0.25)
+    tie_of_amax[::16], tie_of_amax[1::16] = 6.0, -5.0
+    one_hot = torch.zeros(256)
+    one_hot[37] = -3.0
+    nan, inf = noise.clone(), noise.clone()
+    nan[5], inf[200] = math.nan, -math.inf
+    infinities = torch.where(noise > 0, math.inf, -math.inf)
+    return torch.stack(
+        [
+            torch.zeros(256),
+            -torch.zeros(256),
+            torch.full((256,), 2.0**-24),
+            torch.full((256,), 2.0**-24 * (1 + 2**-7)),
+            torch.full((256,), 1.5e-45),
+            noise * 1e-38,
+            noise * 1e38,
+            torch.full((256,), 3.3e38),
+            tie_of_amax,
+            one_hot,
+            nan,
+            inf,
+            infinities,
+            torch.full((256,), math.nan),
+        ]
+    )
+
+
+def inputs(dtype: torch.dtype) -> list[torch.Tensor]:
+    """What every quantizer has to get right; K a multiple of 32."""
+    return [
+        all_bf16().to(dtype),
+        all_bf16().T.contiguous().to(dtype),
+        normal(37, 416, dtype=dtype),
+        hard_rows().to(dtype),
+    ]
+
+
+def scalar(value: float, device: torch.device) -> torch.Tensor:
+    return torch.tensor(value, dtype=torch.float32, device=device)
+
+
+def assert_same_pair(result, expected) -> None:
+    for name, one, other in zip(("codes", "scales"), result, expected, strict=True):
+        assert one.is_contiguous(), f"the {name} are not contiguous"
+        assert_same_bits(one, other.contiguous())
+
+
+def check_quantize_fp8(x: torch.Tensor, scale: torch.Tensor, target: Target) -> None:
+    multiplier, _ = numerics.static_fp8_scales(scale)
+    expected = numerics.quantize_fp8(x, multiplier)
+    assert_same_bits(launch.quantize_fp8(x, scale, target=target), expected)
+    # With a multiplier the scale is not looked at.
+    wrong = torch.zeros(1, device=x.device)
+    assert_same_bits(launch.quantize_fp8(x, wrong, multiplier, target=target), expected)
+
+
+@every_target
+@every_float
+def test_quantize_fp8(device, target, dtype):
+    for x in inputs(dtype):
+        check_quantize_fp8(x.to(device), scalar(0.02, device), target)
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0**-33, 0.0, -2.0, 1e30, 1e-30, math.inf, math.nan])
+def test_quantize_fp8_with_any_scale(device, scale):
+    check_quantize_fp8(hard_rows().to(device), scalar(scale, device), targets()[0])
+
+
+@every_target
+@every_float
+def test_quantize_fp8_per_token(device, target, dtype):
+    for x in inputs(dtype):
+        x = x.to(device)
+        result = launch.quantize_fp8_per_token(x, target=target)
+        assert_same_pair(result, numerics.quantize_fp8_per_token(x))
+
+
+@every_target
+@every_float
+def test_quantize_fp8_per_block(device, target, dtype):
+    for x in [*inputs(dtype), normal(5, 130, dtype=dtype)]:
+        x = x.to(device)
+        result = launch.quantize_fp8_per_block(x, target=target)
+        assert_same_pair(result, numerics.quantize_fp8_per_block(x))
+
+
+@every_target
+@every_float
+def test_quantize_nvfp4(device, target, dtype):
+    g = scalar(0.013, device)
+    for x in inputs(dtype):
+        x = x.to(device)
+        result = launch.quantize_nvfp4(x, g, target=target)
+        assert_same_pair(result, numerics.quantize_nvfp4(x, g))
+
+
+@pytest.mark.parametrize("scale", [1.0, 1 / 2688, 1e-3, 0.0, -1.0, 1e-30, 30.0, 1e38, math.nan])
+def test_quantize_nvfp4_with_any_global_scale(device, scale):
+    g = scalar(scale, device).reshape(1)
+    for x in (hard_rows().to(device), all_bf16(256).to(device)):
+        result = launch.quantize_nvfp4(x, g, target=targets()[0])
+        assert_same_pair(result, numerics.quantize_nvfp4(x, g))
+
+
+@every_target
+@every_float
+def test_quantize_mxfp8(device, target, dtype):
+    for x in inputs(dtype):
+        x = x.to(device)
+        result = launch.quantize_mxfp8(x, target=target)
+        assert_same_pair(result, numerics.quantize_mxfp8(x))
+
+
+def test_nvfp4_threshold_of_tiny_blocks(device):
+    # The block scale of amax 6 s is s / g = 1, so that the step is g: just at 1e-5 and on both
+    # sides of it. At the threshold itself the block is kept.
+    threshold = torch.tensor(1e-5)
+    neighbours = (threshold.view(torch.int32) + torch.arange(-1, 2)).to(torch.int32)
+    for g, kept in zip(neighbours.view(torch.float32), (False, True, True), strict=True):
+        x = torch.full((1, 16), 6.0) * g
+        codes, scale = launch.quantize_nvfp4(x.to(device), g.to(device), target=targets()[0])
+        assert_same_pair((codes, scale), numerics.quantize_nvfp4(x.to(device), g.to(device)))
+        assert bool(scale.float().item()) == kept
+
+
+def test_mxfp8_exponent_of_every_power_and_its_neighbours(device):
+    # amax / 448 crosses a power of two at 1.75 * 2 ** n: there and one fp32 step to both sides.
+    exponents = torch.arange(1, 255, dtype=torch.int32) << 23
+    edges = torch.stack([exponents, exponents | 0x600000])
+    amax = torch.stack([edges - 1, edges, edges + 1]).view(torch.float32).reshape(-1, 1)
+    x = torch.cat([amax, -amax / 3, torch.zeros(amax.numel(), 30)], dim=1).to(device)
+    result = launch.quantize_mxfp8(x, target=targets()[0])
+    assert_same_pair(result, numerics.quantize_mxfp8(x))
+
+
+def expected_fake_nvfp4(x: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
+    codes, scale = numerics.quantize_nvfp4(x, g)
+    values = numerics.decode_e2m1(numerics.unpack_nibbles(codes))
+    factors = numerics.decode_e4m3(scale).repeat_interleave(NVFP4_BLOCK, dim=-1)
+    return values * factors
+
+
+@every_target
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_fake_quantize_nvfp4_is_exact(device, target, dtype):
+    g = scalar(0.013, device)
+    for x in inputs(torch.bfloat16):
+        x = x.to(device)
+        expected = expected_fake_nvfp4(x, g)
+        finite = expected[expected.isfinite()]
+        assert torch.equal(finite.to(dtype).float(), finite)
+        result = launch.fake_quantize_nvfp4(x, g, dtype, target=target)
+        assert_same_bits(result, expected.to(dtype))
+
+
+@every_target
+def test_fake_quantize_mxfp8(device, target):
+    for x in inputs(torch.bfloat16):
+        x = x.to(device)
+        expected = numerics.dequantize_mxfp8(*numerics.quantize_mxfp8(x), torch.bfloat16)
+        assert_same_bits(launch.fake_quantize_mxfp8(x, target=target), expected)
+
+
+def all_codes(rows: int, k: int, device: torch.device) -> torch.Tensor:
+    """Bytes [rows, k] that hold every code."""
+    return (
+        (torch.arange(rows * k, dtype=torch.int32) % 256).to(torch.uint8).view(rows, k).to(device)
+    )
+
+
+@every_target
+@pytest.mark.parametrize("out_dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("granularity", ["tensor", "one", "token", "block", "square"])
+def test_dequantize_fp8(device, target, out_dtype, granularity):
+    codes = all_codes(200, 300, device).view(torch.float8_e4m3fn)
+    shapes = {"tensor": (), "one": (1,), "token": (200,), "block": (200, 3), "square": (2, 3)}
+    scale = normal(*shapes[granularity], seed=3, dtype=torch.float32).to(device)
+    result = launch.dequantize_fp8(codes, scale, out_dtype, target=target)
+    expected = numerics.dequantize_fp8(codes, scale, getattr(torch, out_dtype))
+    assert_same_bits(result, expected)
+
+
+def test_dequantize_fp8_keeps_leading_dimensions(device):
+    codes = all_codes(6, 256, device).view(torch.float8_e4m3fn).view(2, 3, 256)
+    for shape in ((), (2, 3), (2, 3, 2)):
+        scale = normal(*shape, seed=4, dtype=torch.float32).to(device)
+        for name in ("dequantize_fp8", "dequantize_fp8_per_token", "dequantize_fp8_per_block"):
+            result = getattr(launch, name)(codes, scale, target=targets()[0])
+            assert_same_bits(result, numerics.dequantize_fp8(codes, scale, torch.bfloat16))
+    row = codes[0, 0]
+    scale = normal(2, seed=5, dtype=torch.float32).to(device)
+    result = launch.dequantize_fp8(row, scale, "float32", target=targets()[0])
+    assert_same_bits(result, numerics.dequantize_fp8(row, scale))
+
+
+@every_target
+@pytest.mark.parametrize("out_dtype", ["bfloat16", "float16", "float32"])
+def test_dequantize_nvfp4(device, target, out_dtype):
+    codes = all_codes(64, 48, device)
+    scale = all_codes(64, 6, device).view(torch.float8_e4m3fn)
+    g = scalar(0.0123, device)
+    result = launch.dequantize_nvfp4(codes, scale, g, out_dtype, target=target)
+    expected = numerics.dequantize_nvfp4(codes, scale, g, getattr(torch, out_dtype))
+    assert_same_bits(result, expected)
+
+
+@every_target
+@pytest.mark.parametrize("out_dtype", ["bfloat16", "float16", "float32"])
+def test_dequantize_mxfp8(device, target, out_dtype):
+    codes = all_codes(256, 64, device).view(torch.float8_e4m3fn)
+    exponents = all_codes(2, 256, device).view(256, 2)
+    result = launch.dequantize_mxfp8(codes, exponents, out_dtype, target=target)
+    expected = numerics.dequantize_mxfp8(codes, exponents, getattr(torch, out_dtype))
+    assert_same_bits(result, expected)
+
+
+@pytest.mark.parametrize("shape", [(0, 64), (3, 0), (2, 0, 64), (0,), (64,), (1, 1, 64)])
+def test_empty_and_one_dimensional_inputs(device, shape):
+    x = normal(*shape).to(device)
+    g, target = scalar(0.01, device), targets()[0]
+    pairs = [
+        (launch.quantize_fp8_per_token(x, target=target), numerics.quantize_fp8_per_token(x)),
+        (launch.quantize_fp8_per_block(x, target=target), numerics.quantize_fp8_per_block(x)),
+    ]
+    if shape[-1]:
+        pairs += [
+            (launch.quantize_nvfp4(x, g, target=target), numerics.quantize_nvfp4(x, g)),
+            (launch.quantize_mxfp8(x, target=target), numerics.quantize_mxfp8(x)),
+        ]
+    for result, expected in pairs:
+        assert_same_pair(result, expected)
+        assert launch.dequantize_fp8(result[0].view(torch.float8_e4m3fn), g, target=target).shape
+    codes = launch.quantize_fp8(x, g, target=target)
+    assert_same_bits(codes, numerics.quantize_fp8(x, numerics.static_fp8_scales(g)[0]))
+
+
+def test_rows_longer_than_registers_are_read_twice(device):
+    x = normal(2, LONGEST_ROW + 1000)
+    x[1, -1] = math.nan
+    x = x.to(device)
+    result = launch.quantize_fp8_per_token(x, target=targets()[0])
+    assert_same_pair(result, numerics.quantize_fp8_per_token(x))
+
+
+def test_more_rows_than_a_second_grid_axis_allows(device):
+    x = normal(65536 + 8, 16).to(device)
+    result = launch.quantize_nvfp4(x, scalar(1e-3, device), target=targets()[0])
+    assert_same_pair(result, numerics.quantize_nvfp4(x, scalar(1e-3, device)))
+    assert launch.plan_quantize_fp8_per_token(x, target=SM_90)[1][0].grid[1:] == (1, 1)
+
+
+def test_a_small_tensor_on_a_large_device_is_cut_into_small_tiles(device):
+    x = normal(9, 1040).to(device)
+    g = scalar(0.01, device)
+    _, (large,) = launch.plan_quantize_nvfp4(x, g, target=replace(SM_90, processors=1))
+    outputs, (small,) = launch.plan_quantize_nvfp4(x, g, target=SM_90)
+    assert small.grid[0] > large.grid[0]
+    small.run()
+    assert_same_pair(outputs, numerics.quantize_nvfp4(x, g))
+
+
+def test_launchers_leave_the_input_alone(device):
+    x = normal(7, 96).to(device)
+    before = x.clone()
+    for quantize in (launch.quantize_fp8_per_token, launch.quantize_mxfp8):
+        quantize(x, target=targets()[0])
+    assert torch.equal(x, before)
+
+
+@st.composite
+def strided(draw: st.DrawFn, multiple: int) -> torch.Tensor:
+    """A view [..., K] with up to three leading dimensions and drawn strides."""
+    lead = draw(st.lists(st.integers(1, 5), max_size=3))
+    k = multiple * draw(st.integers(1, max(1, 600 // multiple)))
+    steps = [draw(st.sampled_from([1, 1, 2])) for _ in lead]
+    pad = draw(st.sampled_from([0, 0, 1, 16]))
+    dtype = draw(st.sampled_from(FLOATS))
+    scale = 2.0 ** draw(st.integers(-40, 40))
+    wide = normal(
+        *(n * step for n, step in zip(lead, steps, strict=True)),
+        k + pad,
+        seed=draw(st.integers(0, 2**16)),
+        dtype=torch.float32,
+    )
+    view = (wide * scale).to(dtype)[(*(slice(None, None, step) for step in steps),)][..., :k]
+    kind = draw(st.sampled_from(["plain", "plain", "swapped", "broadcast", "columns"]))
+    if kind == "swapped" and view.dim() > 2:
+        view = view.transpose(0, 1)
+    elif kind == "broadcast" and view.dim() > 1:
+        view = view[:1].expand(view.shape)
+    elif kind == "columns":
+        view = view.mT.contiguous().mT if view.dim() > 1 else view
+    return view
+
+
+def draws(multiple: int):
+    def decorate(test):
+        return settings(max_examples=40)(given(data=strided(multiple), g=global_scales)(test))
+
+    return decorate
+
+
+global_scales = st.floats(2.0**-20, 30, width=32)
+
+
+@draws(multiple=1)
+def test_fp8_of_any_shape_and_strides(device, data, g):
+    x, target = data.to(device), targets()[-1]
+    result = launch.quantize_fp8_per_token(x, target=target)
+    assert_same_pair(result, numerics.quantize_fp8_per_token(x))
+    result = launch.quantize_fp8_per_block(x, target=target)
+    assert_same_pair(result, numerics.quantize_fp8_per_block(x))
+    multiplier, _ = numerics.static_fp8_scales(scalar(g, device))
+    codes = launch.quantize_fp8(x, scalar(g, device), target=target)
+    assert_same_bits(codes, numerics.quantize_fp8(x, multiplier).contiguous())
+
+
+@draws(multiple=16)
+def test_nvfp4_of_any_shape_and_strides(device, data, g):
+    x, g, target = data.to(device), scalar(g, device), targets()[-1]
+    codes, scale = launch.quantize_nvfp4(x, g, target=target)
+    assert_same_pair((codes, scale), numerics.quantize_nvfp4(x, g))
+    values = launch.dequantize_nvfp4(codes, scale, g, "float32", target=target)
+    assert_same_bits(values, numerics.dequantize_nvfp4(codes, scale, g))
+
+
+@draws(multiple=32)
+def test_mxfp8_of_any_shape_and_strides(device, data, g):
+    x, target = data.to(device), targets()[-1]
+    codes, exponents = launch.quantize_mxfp8(x, target=target)
+    assert_same_pair((codes, exponents), numerics.quantize_mxfp8(x))
+    values = launch.dequantize_mxfp8(codes, exponents, "float32", target=target)
+    assert_same_bits(values, numerics.dequantize_mxfp8(codes, exponents))
+
+
+@draws(multiple=16)
+def test_dequantize_takes_any_strides(device, data, g):
+    codes = data.to(device).to(torch.float8_e4m3fn)
+    expected = numerics.dequantize_fp8(codes.contiguous(), scalar(g, device), torch.bfloat16)
+    result = launch.dequantize_fp8(codes, scalar(g, device), target=targets()[0])
+    assert_same_bits(result, expected)
+
+
+def test_rows_are_found_without_a_copy(device):
+    x = torch.zeros(4, 6, 64, device=device)
+    nested = launch.rows_of(x[:, :3])
+    assert nested.tensor.data_ptr() == x.data_ptr()
+    assert nested.arguments == (12, 64, 3, 6 * 64, 64)
+    assert nested.nested
+    assert launch.rows_of(x).arguments == (24, 64, 24, 0, 64)
+    assert launch.rows_of(x[:, -1:]).arguments == (4, 64, 4, 0, 6 * 64)
+    turned = launch.rows_of(x.mT)
+    assert turned.tensor.data_ptr() != x.data_ptr()
+    assert turned.arguments == (256, 6, 256, 0, 6)
+
+
+def test_targets_without_an_fp8_type_get_bytes():
+    x = torch.empty(4, 64, dtype=torch.bfloat16, device="meta")
+    (codes, _), (planned,) = launch.plan_quantize_fp8_per_token(x, target=SM_80)
+    assert codes.dtype == torch.float8_e4m3fn
+    tensors = [a for a in planned.args if isinstance(a, torch.Tensor)]
+    assert torch.float8_e4m3fn not in {t.dtype for t in tensors}
