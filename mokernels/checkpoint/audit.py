@@ -83,8 +83,8 @@ def audit(
     """
     _check_choice(values)
     config = checkpoint.config
-    plan = make_plan(checkpoint.tensors, config)
     groups = group_modules(checkpoint.tensors)
+    plan = make_plan(groups, config)
     findings = [*config.findings, *_check_config(config, groups)]
     for module, group in groups.items():
         cache, rest = split_kv_scales(module, group)

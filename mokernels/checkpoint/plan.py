@@ -34,7 +34,7 @@ FLOAT8_DTYPES = frozenset(
     {torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz}
 )
 _CODE_DTYPES = FLOAT8_DTYPES | {torch.uint8, torch.int8}
-_DOTTED_LEAVES = tuple(leaf for leaf in FOREIGN_LEAVES if "." in leaf)
+_DOTTED_LEAVES = tuple(f".{leaf}" for leaf in FOREIGN_LEAVES if "." in leaf)
 
 
 @dataclass(frozen=True)
@@ -89,12 +89,17 @@ class CheckpointPlan:
     plain: tuple[str, ...] = ()
 
 
-def make_plan(tensors: Mapping[str, TensorInfo], config: QuantizationConfig) -> CheckpointPlan:
-    """Plan a checkpoint; a module whose tensors make no layer is left out (the audit names it)."""
+def make_plan(groups: Mapping[str, Group], config: QuantizationConfig) -> CheckpointPlan:
+    """Plan a checkpoint; a module whose tensors make no layer is left out (the audit names it).
+
+    Args:
+        groups: the tensors of every module, from :func:`group_modules`.
+        config: what the JSON files say.
+    """
     layers: list[LayerPlan] = []
     kv_scales: dict[str, Group] = {}
     plain: list[str] = []
-    for module, group in group_modules(tensors).items():
+    for module, group in groups.items():
         cache, rest = split_kv_scales(module, group)
         if cache:
             kv_scales[module] = MappingProxyType(cache)
@@ -109,18 +114,18 @@ def make_plan(tensors: Mapping[str, TensorInfo], config: QuantizationConfig) -> 
 def group_modules(tensors: Mapping[str, TensorInfo]) -> dict[str, Group]:
     """Module name to its tensors by leaf, in natural order ("layers.2" before "layers.10")."""
     groups: dict[str, dict[str, TensorInfo]] = {}
-    for name in sorted(tensors, key=_natural):
+    for name in sorted(tensors):
         module, leaf = split(name)
         groups.setdefault(module, {})[leaf] = tensors[name]
-    return {module: MappingProxyType(group) for module, group in groups.items()}
+    return {module: MappingProxyType(groups[module]) for module in sorted(groups, key=_natural)}
 
 
 def split(name: str) -> tuple[str, str]:
     """Module and leaf of a tensor's name; some foreign leaves have a dot of their own."""
-    for leaf in _DOTTED_LEAVES:
-        if name.endswith(f".{leaf}"):
-            return name[: -len(leaf) - 1], leaf
     module, _, leaf = name.rpartition(".")
+    if name.endswith(_DOTTED_LEAVES):
+        module, _, quantizer = module.rpartition(".")
+        leaf = f"{quantizer}.{leaf}"
     return module, leaf
 
 

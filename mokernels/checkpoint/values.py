@@ -5,6 +5,7 @@ Tensors are read in pieces, so that the memory needed does not depend on the che
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mokernels.checkpoint.header import TensorInfo
-from mokernels.checkpoint.plan import CheckpointPlan, LayerPlan, join
+from mokernels.checkpoint.plan import CheckpointPlan, join
 from mokernels.checkpoint.reader import Checkpoint
 from mokernels.errors import Finding, Severity
 from mokernels.formats import (
@@ -20,6 +21,7 @@ from mokernels.formats import (
     E8M0_NAN,
     MXFP8_MAX_EXPONENT,
     NVFP4_MAX_INPUT_SCALE,
+    Activation,
     Format,
     Granularity,
 )
@@ -50,6 +52,20 @@ class _Rule:
     severity: Severity = "error"
 
 
+@dataclass(frozen=True)
+class Check:
+    """Rules with a quick way to see that none of them is broken.
+
+    Attributes:
+        fine: whether a piece of a tensor meets no rule, in one or two passes over it. Block scales
+            are a sixteenth of a model, and a load waits for them.
+        rules: looked at one by one where ``fine`` is False.
+    """
+
+    fine: Callable[[Tensor], bool]
+    rules: tuple[_Rule, ...]
+
+
 def _float_rules(leaf: str) -> tuple[_Rule, ...]:
     """For fp32 scales."""
     wanted = "finite numbers above 0"
@@ -71,6 +87,20 @@ def _not_finite(x: Tensor) -> Tensor:
     return ~x.isfinite()
 
 
+def _all_finite(x: Tensor) -> bool:
+    return bool(x.isfinite().all())
+
+
+def _all_positive(x: Tensor) -> bool:
+    # A NaN makes both extremes NaN, and every comparison with it is False.
+    low, high = torch.aminmax(x)
+    return float(low) > 0 and float(high) < float("inf")
+
+
+def _all_small_enough(x: Tensor) -> bool:
+    return _all_positive(x) and float(x.max()) <= NVFP4_MAX_INPUT_SCALE
+
+
 def _nan_codes(x: Tensor) -> Tensor:
     return (x.view(torch.uint8) & _E4M3_NAN) == _E4M3_NAN
 
@@ -83,24 +113,33 @@ _ZERO_ROW = _Rule(
     "ModelOpt's exporter writes scale 0 and NaN codes for a channel whose weights are all zero. "
     "Remove the channel, give it a tiny weight and export again, or quantize with mokernels.",
 )
-_BLOCK_RULES = (
-    _Rule("scale-not-finite", "a block scale is NaN", _nan_codes, "E4M3 numbers of at least 0"),
-    _Rule(
-        "scale-negative",
-        "a block scale is negative",
-        lambda x: (x.view(torch.uint8) > _E4M3_NAN) & ~_nan_codes(x),
-        "E4M3 numbers of at least 0",
+_BLOCK_CHECK = Check(
+    lambda x: int(x.view(torch.uint8).max()) < _E4M3_NAN,
+    (
+        _Rule("scale-not-finite", "a block scale is NaN", _nan_codes, "E4M3 numbers of at least 0"),
+        _Rule(
+            "scale-negative",
+            "a block scale is negative",
+            lambda x: (x.view(torch.uint8) > _E4M3_NAN) & ~_nan_codes(x),
+            "E4M3 numbers of at least 0",
+        ),
     ),
 )
-_EXPONENT_RULES = (
-    _Rule(
-        "exponent-nan", "a shared exponent is NaN", lambda x: x == E8M0_NAN, "bytes from 0 to 254"
-    ),
-    _Rule(
-        "exponent-range",
-        "a shared exponent is so large that its weights leave bf16's range",
-        lambda x: (x > MXFP8_MAX_EXPONENT) & (x != E8M0_NAN),
-        f"bytes from 0 to {MXFP8_MAX_EXPONENT}",
+_EXPONENT_CHECK = Check(
+    lambda x: int(x.max()) <= MXFP8_MAX_EXPONENT,
+    (
+        _Rule(
+            "exponent-nan",
+            "a shared exponent is NaN",
+            lambda x: x == E8M0_NAN,
+            "bytes from 0 to 254",
+        ),
+        _Rule(
+            "exponent-range",
+            "a shared exponent is so large that its weights leave bf16's range",
+            lambda x: (x > MXFP8_MAX_EXPONENT) & (x != E8M0_NAN),
+            f"bytes from 0 to {MXFP8_MAX_EXPONENT}",
+        ),
     ),
 )
 _LARGE_INPUT_SCALE = _Rule(
@@ -110,21 +149,34 @@ _LARGE_INPUT_SCALE = _Rule(
     f"at most {NVFP4_MAX_INPUT_SCALE:g} (an activation amax of about 112,000)",
     "The calibration of this layer went wrong; calibrate and export the model again.",
 )
-_NAN_CODES = _Rule(
-    "code-nan",
-    "the weight holds NaN codes",
-    _nan_codes,
-    "numbers",
-    f"The model was NaN before it was quantized, or the file is damaged. {_EXPORT_AGAIN}",
+_CODE_CHECK = Check(
+    lambda x: int((x.view(torch.uint8) & _E4M3_NAN).max()) < _E4M3_NAN,
+    (
+        _Rule(
+            "code-nan",
+            "the weight holds NaN codes",
+            _nan_codes,
+            "numbers",
+            f"The model was NaN before it was quantized, or the file is damaged. {_EXPORT_AGAIN}",
+        ),
+    ),
 )
-_BIAS_RULE = _Rule("bias-not-finite", "the bias is not finite", _not_finite, "finite numbers")
-_PLAIN_RULE = _Rule(
-    "plain-not-finite",
-    "a tensor that is not quantized is not finite",
-    _not_finite,
-    "finite numbers",
-    "The model is loaded as it is; expect NaN where the tensor is used.",
-    "warning",
+_BIAS_CHECK = Check(
+    _all_finite,
+    (_Rule("bias-not-finite", "the bias is not finite", _not_finite, "finite numbers"),),
+)
+_PLAIN_CHECK = Check(
+    _all_finite,
+    (
+        _Rule(
+            "plain-not-finite",
+            "a tensor that is not quantized is not finite",
+            _not_finite,
+            "finite numbers",
+            "The model is loaded as it is; expect NaN where the tensor is used.",
+            "warning",
+        ),
+    ),
 )
 
 
@@ -138,69 +190,70 @@ def check_values(checkpoint: Checkpoint, plan: CheckpointPlan, values: str) -> I
     for layer in plan.layers:
         for leaf, info in layer.tensors.items():
             if leaf != "weight" or values == "all":
-                rules = _layer_rules(layer.format, leaf, info)
-                yield from _apply(checkpoint, layer.name, leaf, info, rules)
-        if layer.bias is not None and values == "all":
-            yield from _apply(checkpoint, layer.name, "bias", layer.bias, _plain(layer, _BIAS_RULE))
+                check = layer_check(layer.format, leaf, info.dtype)
+                yield from _apply(checkpoint, layer.name, leaf, info, check)
+        if layer.bias is not None and values == "all" and _holds_floats(layer.bias.dtype):
+            yield from _apply(checkpoint, layer.name, "bias", layer.bias, _BIAS_CHECK)
     for module, group in plan.kv_scales.items():
         for leaf, info in group.items():
-            yield from _apply(checkpoint, module, leaf, info, _kv_rules(leaf, info))
+            yield from _apply(checkpoint, module, leaf, info, _kv_check(leaf, info.dtype))
     if values == "all":
         for name in plan.plain:
             info = checkpoint.tensors[name]
-            if info.dtype.is_floating_point and info.dtype.itemsize > 1:
+            if _holds_floats(info.dtype):
                 module, _, leaf = name.rpartition(".")
-                yield from _apply(checkpoint, module, leaf, info, (_PLAIN_RULE,))
+                yield from _apply(checkpoint, module, leaf, info, _PLAIN_CHECK)
 
 
-def _layer_rules(format: Format, leaf: str, info: TensorInfo) -> tuple[_Rule, ...]:
+def layer_check(format: Format, leaf: str, dtype: torch.dtype) -> Check | None:
+    """What the values of one tensor of a layer have to be; None if they may be anything."""
     if leaf == "weight":
-        return (_NAN_CODES,) if info.dtype == E4M3.storage and format.element is E4M3 else ()
-    if leaf == "weight_scale" and info.dtype != format.scale_dtype:
-        return ()
-    if info.dtype == torch.uint8:
-        return _EXPONENT_RULES
-    if info.dtype == torch.float8_e4m3fn:
-        return _BLOCK_RULES
-    if info.dtype != torch.float32:
-        return ()
+        return _CODE_CHECK if dtype == E4M3.storage and format.element is E4M3 else None
+    if leaf == "weight_scale" and dtype != format.scale_dtype:
+        return None
+    if dtype == torch.uint8:
+        return _EXPONENT_CHECK
+    if dtype == torch.float8_e4m3fn:
+        return _BLOCK_CHECK
+    if dtype != torch.float32:
+        return None
     rules = _float_rules(leaf)
     if leaf == "weight_scale" and format.granularity is Granularity.CHANNEL:
-        return (*rules[:2], _ZERO_ROW)
-    if leaf == "input_scale" and format.scale_dtype == torch.float8_e4m3fn:
-        return (*rules, _LARGE_INPUT_SCALE)
-    return rules
+        return Check(_all_positive, (*rules[:2], _ZERO_ROW))
+    if leaf == "input_scale" and format.activation is Activation.NVFP4:
+        return Check(_all_small_enough, (*rules, _LARGE_INPUT_SCALE))
+    return Check(_all_positive, rules)
 
 
-def _plain(layer: LayerPlan, rule: _Rule) -> tuple[_Rule, ...]:
-    dtype = layer.bias.dtype if layer.bias else torch.bool
-    return (rule,) if dtype.is_floating_point and dtype.itemsize > 1 else ()
+def _holds_floats(dtype: torch.dtype) -> bool:
+    return bool(dtype.is_floating_point and dtype.itemsize > 1)
 
 
-def _kv_rules(leaf: str, info: TensorInfo) -> tuple[_Rule, ...]:
+def _kv_check(leaf: str, dtype: torch.dtype) -> Check | None:
+    rules = _float_rules(leaf)
     if leaf.endswith("_bias"):
-        usable = info.dtype.is_floating_point and info.dtype.itemsize > 1
-        return (_float_rules(leaf)[0],) if usable else ()
-    return _float_rules(leaf) if info.dtype == torch.float32 else ()
+        return Check(_all_finite, rules[:1]) if _holds_floats(dtype) else None
+    return Check(_all_positive, rules) if dtype == torch.float32 else None
 
 
 def _apply(
-    checkpoint: Checkpoint, module: str, leaf: str, info: TensorInfo, rules: tuple[_Rule, ...]
+    checkpoint: Checkpoint, module: str, leaf: str, info: TensorInfo, check: Check | None
 ) -> Iterator[Finding]:
     """One finding for each rule that some element breaks, with the number and the first of them."""
-    if not rules or 0 in info.shape:
+    if check is None or 0 in info.shape:
         return
     name = join(module, leaf)
-    counts = [0] * len(rules)
-    firsts: list[tuple[tuple[int, ...], float] | None] = [None] * len(rules)
+    counts = [0] * len(check.rules)
+    firsts: list[tuple[tuple[int, ...], float] | None] = [None] * len(check.rules)
     for start, piece in checkpoint.chunks(name):
-        for index, rule in enumerate(rules):
+        if check.fine(piece):
+            continue
+        for index, rule in enumerate(check.rules):
             bad = rule.bad(piece)
-            if not bad.any():
-                continue
-            counts[index] += int(bad.sum())
-            firsts[index] = firsts[index] or _first(piece, bad, start)
-    for rule, count, first in zip(rules, counts, firsts, strict=True):
+            if bad.any():
+                counts[index] += int(bad.sum())
+                firsts[index] = firsts[index] or _first(piece, bad, start)
+    for rule, count, first in zip(check.rules, counts, firsts, strict=True):
         if first is not None:
             yield Finding(
                 rule.name,
@@ -231,7 +284,4 @@ def _first(piece: Tensor, bad: Tensor, start: int) -> tuple[tuple[int, ...], flo
 def _describe(info: TensorInfo, count: int, index: tuple[int, ...], value: float) -> str:
     if not index:
         return f"{value:g}"
-    total = 1
-    for size in info.shape:
-        total *= size
-    return f"{value:g} at {list(index)}, {count} of {total} elements"
+    return f"{value:g} at {list(index)}, {count} of {math.prod(info.shape)} elements"

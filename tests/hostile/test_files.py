@@ -125,6 +125,15 @@ def test_link_out_of_the_hub_cache(tmp_path: Path) -> None:
     assert "wanted a file inside" in refused(snapshot, "file-link")
 
 
+def test_link_out_of_a_folder_that_only_resembles_the_hub_cache(tmp_path: Path) -> None:
+    folder = tmp_path / "other" / "snapshots" / "0123"
+    folder.parent.mkdir(parents=True)
+    make_checkpoint(folder)
+    (folder / SINGLE).rename(tmp_path / "other" / "blob")
+    (folder / SINGLE).symlink_to("../../blob")
+    assert f"wanted a file inside {str(folder)!r}" in refused(folder, "file-link")
+
+
 def test_loop_of_links(folder: Path) -> None:
     (folder / SINGLE).unlink()
     (folder / SINGLE).symlink_to(SINGLE)

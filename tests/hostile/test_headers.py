@@ -149,6 +149,16 @@ def test_overlap(folder: Path) -> None:
     assert end - start == 128
 
 
+def test_tensor_inside_another_is_one_problem(folder: Path) -> None:
+    ranges = {"a": (0, 128), "b": (32, 64), "c": (128, 130)}
+    header = {
+        name: {"dtype": "U8", "shape": [end - start], "data_offsets": [start, end]}
+        for name, (start, end) in ranges.items()
+    }
+    write_raw(folder / SINGLE, header, bytes(130))
+    assert "tensor 'b'" in refused(folder, "header-ranges")
+
+
 def test_hole(folder: Path) -> None:
     header, data = read_raw(folder / SINGLE)
     del header[NAME]
