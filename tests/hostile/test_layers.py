@@ -174,12 +174,16 @@ def test_weight_that_is_no_matrix(damaged: Callable[..., Path], format: str, wan
 
 
 @pytest.mark.parametrize(("format", "k", "multiple"), [("NVFP4", 56, 16), ("MXFP8", 56, 32)])
+@pytest.mark.parametrize("scales", ["of every group", "of whole groups"])
 def test_input_features_that_the_groups_do_not_divide(
-    damaged: Callable[..., Path], format: str, k: int, multiple: int
+    damaged: Callable[..., Path], format: str, k: int, multiple: int, scales: str
 ) -> None:
     def edit(tensors: Tensors) -> None:
         columns = k // 2 if format == "NVFP4" else k
         tensors[f"{UP}.weight"] = tensors[f"{UP}.weight"][:, :columns].contiguous()
+        groups = -(-k // multiple) if scales == "of every group" else k // multiple
+        scale = tensors[f"{UP}.weight_scale"]
+        tensors[f"{UP}.weight_scale"] = scale[:, :groups].contiguous()
 
     text = error(damaged(format, edit), "k-multiple")
     assert f"found K = {k}, wanted a multiple of {multiple}." in text
