@@ -47,7 +47,7 @@ def windows(length: int, window: int, stride: int) -> tuple[Window, ...]:
 
     Every window but the last has ``window`` tokens and starts ``stride`` behind the one before, so
     that a token is predicted from at least ``window - stride`` others. The last one ends with the
-    text.
+    text, unless one single token is left, which nothing could predict.
 
     Raises:
         ArgumentError: fewer than 2 tokens, or not 1 <= stride <= window with window >= 2.

@@ -85,7 +85,8 @@ def comparison_table(outcome: Outcome, format: Format) -> Table:
         ("tokens per second", _speed, 1),
     ):
         old, new = value(before), value(after)
-        row = [f"{old:.{digits}f}", f"{new:.{digits}f}", f"{new / old:.4f}"]
+        ratio = f"{new / old:.4f}" if old else "-"
+        row = [f"{old:.{digits}f}", f"{new:.{digits}f}", ratio]
         table.add_row(name, *row, style="" if name != "perplexity" else _verdict(outcome))
     return table
 
