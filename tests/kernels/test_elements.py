@@ -93,6 +93,30 @@ def test_encode_e2m1(device):
     assert_same_bits(codes, numerics.encode_e2m1(x))
 
 
+@triton.jit
+def encode_quotient_kernel(x, steps, kept, y, BLOCK: tl.constexpr):
+    column = tl.arange(0, BLOCK)[None, :]
+    row = tl.program_id(0)
+    step = tl.load(steps + row + tl.zeros((1, 1), tl.int32))
+    keep = tl.load(kept + row + tl.zeros((1, 1), tl.int32)) != 0
+    code = e.encode_e2m1_quotient(tl.load(x + column), step, keep)
+    tl.store(y + row * BLOCK + column, code)
+
+
+def test_encode_e2m1_quotient(device):
+    x = torch.cat([interesting_values()[::9], torch.tensor([0.0, -0.0])])
+    block = 16384
+    x = torch.cat([x, x.new_zeros(block - x.numel())]).to(device)
+    inf, nan = float("inf"), float("nan")
+    steps = torch.tensor([1.0, 0.3, 1e-5, 7.7e-4, 13.37, 5e37, 448.0, inf, nan, 0.0, 1.0, nan])
+    kept = torch.tensor([1] * 9 + [0, 0, 0], dtype=torch.uint8)
+    codes = torch.empty(len(steps), block, dtype=torch.uint8, device=device)
+    steps, kept = steps.to(device), kept.to(device)
+    encode_quotient_kernel[(len(steps),)](x, steps, kept, codes, BLOCK=block)
+    expected = numerics.encode_e2m1(x / steps[:, None]) * kept[:, None]
+    assert_same_bits(codes, expected)
+
+
 def decoded(device, which: str, dtype: torch.dtype, native: bool = False, keep_nan: bool = True):
     codes = torch.arange(256, dtype=torch.int32).to(torch.uint8).to(device)
     y = torch.empty(256, dtype=dtype, device=device)

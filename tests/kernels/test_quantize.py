@@ -174,6 +174,36 @@ def test_nvfp4_threshold_of_tiny_blocks(device):
         assert bool(scale.float().item()) == kept
 
 
+def test_nvfp4_quotients_next_to_every_tie(device):
+    # x = bound * step, and two fp32 steps to both sides of it, for steps with full mantissas: the
+    # quotients round to the bound itself or to one of its neighbours.
+    bounds = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0])
+    normal_scales = torch.arange(8, 127, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    for seed in range(8):
+        generator = torch.Generator().manual_seed(seed)
+        g = (torch.rand((), generator=generator) + 0.5) * 2.0 ** (3 * seed - 9)
+        step = normal_scales * g
+        ties = (bounds * step[:, None]).view(torch.int32)
+        x = torch.cat([(ties + offset).view(torch.float32) for offset in (-2, -1, 0, 1, 2)], dim=1)
+        x = torch.cat([x, -x[:, :12], step[:, None] * 6], dim=1).to(device)  # [blocks, 48]
+        # 16 of each row at a time: the last element fixes the block's amax, thus its scale.
+        parts = [torch.cat([p, x[:, -1:]], dim=1) for p in x[:, :45].split(15, dim=1)]
+        for part in parts:
+            result = launch.quantize_nvfp4(part, g.to(device), target=targets()[0])
+            assert_same_pair(result, numerics.quantize_nvfp4(part, g.to(device)))
+            assert torch.equal(result[1].float()[:, 0].cpu(), normal_scales)
+
+
+def test_nvfp4_signs_of_quotients_that_round_to_zero(device):
+    # x / step for subnormal x: at most 2**-150 it rounds to zero, which is not negative.
+    x = -torch.arange(64, dtype=torch.int32).view(torch.float32).view(4, 16)
+    x[:, 15] = 6 * torch.tensor([1.0, 3.0, 8.0, 40.0])
+    g = scalar(1.0, device)
+    result = launch.quantize_nvfp4(x.to(device), g, target=targets()[0])
+    assert_same_pair(result, numerics.quantize_nvfp4(x.to(device), g))
+    assert len(result[0].unique()) > 2
+
+
 def test_mxfp8_exponent_of_every_power_and_its_neighbours(device):
     # amax / 448 crosses a power of two at 1.75 * 2 ** n: there and one fp32 step to both sides.
     exponents = torch.arange(1, 255, dtype=torch.int32) << 23

@@ -37,12 +37,14 @@ class Case:
         target: what to compile for.
         name: tells the cases of a family and target apart.
         plan: makes the launch, from meta tensors.
+        aligned: whether every row starts at a multiple of 16 bytes, so that loads can be wide.
     """
 
     family: str
     target: Target
     name: str
     plan: Callable[[], Launch]
+    aligned: bool = True
 
     def __str__(self) -> str:
         return f"{self.family}-{self.target.name}-{self.name}"

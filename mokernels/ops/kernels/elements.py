@@ -7,8 +7,8 @@ fp8 type: a pointer to bytes can be had on every target, and a bitcast costs not
 Two constexpr flags come from the target: ``CASTS_ONCE`` is ``Target.casts_fp8_once`` and
 ``HAS_TYPE`` is ``Target.has_fp8_type``. Without them E4M3 is encoded and decoded by its bits.
 
-No function adds to a product, so that contracting multiply and add cannot change a bit: the values
-that the rounding constants are added to are magnitudes taken from bits.
+Where a product is added to something, the fused multiply-add is written out; nothing else can be
+contracted, since the values that rounding constants are added to are no products but magnitudes.
 """
 
 import triton
@@ -70,21 +70,51 @@ def decode_e4m3(code, DTYPE: tl.constexpr, HAS_TYPE: tl.constexpr, KEEP_NAN: tl.
 
 
 @triton.jit
-def encode_e2m1(x):
-    """fp32 to E2M1 codes (low nibble): nearest, ties to even, saturating at +-6.
-
-    NaN becomes 7 (+6). Zero of either sign is 0; a negative value that rounds to zero is 8.
-    """
-    # tl.minimum drops NaN: its magnitude becomes 6.
-    magnitude = tl.minimum(tl.abs(x), 6.0)
+def e2m1_of_magnitude(magnitude):
+    """Codes 0 to 7 (int32) of fp32 magnitudes from 0 to 6: nearest, ties to even."""
     bits = magnitude.to(tl.int32, bitcast=True)
     # From 1 up E2M1 is a float with one mantissa bit: 22 of 23 go (see encode_e4m3). Exponents are
     # biased by 127 and by 1.
     normal = ((bits + 0x1FFFFF + ((bits >> 22) & 1)) >> 22) - (126 << 1)
     # Below 1 the codes are multiples of 1/2, the spacing of fp32 in [2**22, 2**23).
     small = (magnitude + 4194304.0).to(tl.int32, bitcast=True) & 0x3
-    code = tl.where(magnitude < 1.0, small, normal)
+    return tl.where(magnitude < 1.0, small, normal)
+
+
+@triton.jit
+def encode_e2m1(x):
+    """fp32 to E2M1 codes (low nibble): nearest, ties to even, saturating at +-6.
+
+    NaN becomes 7 (+6). Zero of either sign is 0; a negative value that rounds to zero is 8.
+    """
+    # tl.minimum drops NaN: its magnitude becomes 6.
+    code = e2m1_of_magnitude(tl.minimum(tl.abs(x), 6.0))
     return (code | tl.where(x < 0, 8, 0)).to(tl.uint8)
+
+
+@triton.jit
+def encode_e2m1_quotient(x, step, keep):
+    """Codes of x / step, the quotient being rounded to fp32 first; 0 where ``keep`` is False.
+
+    ``step`` and ``keep`` belong to blocks and broadcast against x. One division for each block and
+    four fused multiply-adds for each element do what a division for each element would: with the
+    rounded reciprocal y, q + (x - q * step) * y is the correctly rounded quotient if q is off by
+    less than one unit in the last place (Markstein, 1990), which the first of two such steps
+    ensures. What overflows on the way becomes NaN and so saturates, as it has to. (A step above
+    2**126 has a subnormal reciprocal; only a block that holds an infinity can have it.)
+    """
+    y = tl.div_rn(1.0, step)
+    # x / inf is 0, but 0 * inf would be NaN.
+    divisor = tl.where(step == float("inf"), 0.0, step)
+    magnitude = tl.abs(x)
+    q = magnitude * y
+    q = tl.fma(tl.fma(-q, divisor, magnitude), y, q)
+    q = tl.fma(tl.fma(-q, divisor, magnitude), y, q)
+    # tl.minimum drops NaN.
+    code = e2m1_of_magnitude(tl.minimum(q, tl.where(keep, 6.0, 0.0)))
+    # A quotient of at most 2**-150 rounds to zero, which has no sign.
+    bound = tl.where(keep, step * -(2.0**-50), float("-inf"))
+    return (code | tl.where(x * 2.0**100 < bound, 8, 0)).to(tl.uint8)
 
 
 @triton.jit

@@ -19,7 +19,7 @@ from mokernels.ops.kernels.elements import (
     decode_e2m1,
     decode_e4m3,
     decode_e8m0,
-    encode_e2m1,
+    encode_e2m1_quotient,
     encode_e4m3,
     pack_nibbles,
     unpack_nibbles,
@@ -87,16 +87,15 @@ def mxfp8_exponent(amax):
 
 @triton.jit
 def nvfp4_step(amax, global_scale, CASTS_ONCE: tl.constexpr, HAS_TYPE: tl.constexpr):
-    """Block scales of NVFP4: (code, step, tiny).
+    """Scales of NVFP4 blocks: (E4M3 code as a byte, what x is divided by, whether to keep codes).
 
-    ``code`` is the E4M3 scale as a byte, 0 where ``tiny``; ``step`` is what x is divided by; where
-    ``tiny`` holds, the codes of the block are 0.
+    A block that is not kept has the scale 0 and the codes 0.
     """
     code = encode_e4m3(tl.div_rn(amax, E2M1_MAX * global_scale), CASTS_ONCE)
     step = decode_e4m3(code, tl.float32, HAS_TYPE) * global_scale
-    # False for NaN, which has to stay.
+    # Not `step >= tiny`: that is false for NaN, which has to stay.
     tiny = step < NVFP4_TINY_SCALE
-    return tl.where(tiny, 0, code).to(tl.uint8), tl.where(tiny, 1.0, step), tiny
+    return tl.where(tiny, 0, code).to(tl.uint8), step, tiny == 0
 
 
 @triton.jit(do_not_specialize=["rows", "inner"])
@@ -209,9 +208,8 @@ def quantize_blocks(
     if FORMAT == "nvfp4":
         g = tl.load(global_scale)
         g = tl.where(g > 0, g, NVFP4_SMALLEST_GLOBAL_SCALE)
-        scale, step, tiny = nvfp4_step(amax, g, CASTS_ONCE, HAS_TYPE)
-        code = encode_e2m1(tl.div_rn(value, step[:, :, None]))
-        code = tl.where(tiny[:, :, None], 0, code).to(tl.uint8)
+        scale, step, keep = nvfp4_step(amax, g, CASTS_ONCE, HAS_TYPE)
+        code = encode_e2m1_quotient(value, step[:, :, None], keep[:, :, None])
         if FAKE:
             code = decode_e2m1(code, tl.float32)
             code = code * decode_e4m3(scale, tl.float32, HAS_TYPE)[:, :, None]
