@@ -148,17 +148,18 @@ def config_ok(config: GemmConfig, kind: Kind, target: Target) -> bool:
 def shared_bytes(config: GemmConfig, kind: Kind, target: Target) -> int:
     """Upper bound of the shared memory of a program, in bytes.
 
-    Pipelined loads keep ``num_stages`` copies of a step's operands as they are stored (the
-    compiler saves one on targets without asynchronous matrix instructions); a decoded weight may
-    take one more copy in its new dtype; the result passes through shared memory in fp32 at the end,
-    when the loads' buffers are free again.
+    Pipelined loads keep ``num_stages`` copies of a step's operands as they are stored, one less
+    where the matrix instruction is synchronous; a decoded weight may take one more copy in its new
+    dtype; the result passes through shared memory in fp32 at the end, when the loads' buffers are
+    free again.
     """
     x_item, w_item = _stored_bytes(kind)
     rows = config.block_m * x_item + config.block_n * w_item
     step = int(config.block_k * (rows + _scale_bytes(config, kind)))
     decoded = config.block_n * config.block_k * x_item if kind.value.startswith("half") else 0
+    copies = config.num_stages - (_generation(target) == "mma")
     end = 4 * config.block_m * config.block_n
-    return max(config.num_stages * step + int(decoded), end) + 1024
+    return max(copies * step + int(decoded), end) + 1024
 
 
 def kind_of_fp8(target: Target, block_scales: bool, fast_accum: bool) -> Kind:
@@ -178,13 +179,13 @@ def _choose(kind: Kind, m: int, n: int, k: int, target: Target) -> GemmConfig:
 def _split(config: GemmConfig, m: int, n: int, k: int, target: Target) -> int:
     """The number of partial sums that fills the processors, for few rows only.
 
-    With few rows a GEMM is a read of the weight, which takes two programs on each processor to
-    saturate; with more, the partial sums' own traffic grows with M and one will do.
+    With few rows a GEMM is a read of the weight, which takes nearly two programs on each processor
+    to saturate; with more, the partial sums' own traffic grows with M and one will do.
     """
     if m == ANY_M:
         return 1
     tiles = _ceil_div(m, config.block_m) * _ceil_div(n, config.block_n)
-    wanted = target.processors * (2 if m <= 64 else 1)
+    wanted = target.processors * 9 // 5 if m <= 64 else target.processors
     blocks = _ceil_div(k, config.block_k)
     chosen = 1
     for split in SPLITS:
@@ -263,22 +264,28 @@ def _promoted(rows: Rows) -> Rows:
 
 # Chosen by compiling: no spills, 128-bit loads, the widest matrix instruction, on triton 3.6 and
 # 3.9. Register pressure is what limits tiles: block scales take twice the accumulators.
-_FP32: Rows = (_row(16, 16, 32, 32, 4, 3), _row(ANY_M, 32, 32, 32, 4, 2))
+_FP32: Rows = (_row(16, 16, 32, 32, 4, 3), _row(ANY_M, 32, 32, 32, 8, 2))
 
 # E4M3 decoded by bits to fp16, both operands: targets without an FP8 matrix instruction.
 _BITS: Rows = (
     _row(16, 16, 64, 128, 4, 3),
-    _row(32, 32, 64, 128, 4, 3),
+    _row(32, 32, 64, 128, 4, 4),
     _row(ANY_M, 64, 128, 128, 8, 2),
 )
 
 _MMA_HALF: Rows = (
     _row(16, 16, 64, 64, 4, 4),
     _row(32, 32, 64, 64, 4, 4),
-    _row(64, 64, 128, 64, 8, 3),
+    _row(64, 64, 64, 64, 4, 3),
     _row(ANY_M, 128, 128, 64, 8, 3),
 )
-_MMA_NATIVE: Rows = (
+_MMA_NVFP4: Rows = (
+    _row(16, 16, 64, 256, 4, 3),
+    _row(32, 32, 64, 256, 4, 3),
+    _row(64, 64, 64, 256, 4, 3),
+    _row(ANY_M, 128, 128, 256, 8, 3),
+)
+_MMA_MXFP8: Rows = (
     _row(16, 16, 64, 128, 4, 3),
     _row(32, 32, 64, 128, 4, 3),
     _row(64, 64, 64, 128, 4, 3),
@@ -301,8 +308,8 @@ _MMA: Mapping[Kind, Rows] = MappingProxyType(
         Kind.HALF_BLOCK: _MMA_HALF,
         Kind.HALF_NVFP4: _MMA_HALF,
         Kind.HALF_MXFP8: _MMA_HALF,
-        Kind.NVFP4: _MMA_NATIVE,
-        Kind.MXFP8: _MMA_NATIVE,
+        Kind.NVFP4: _MMA_NVFP4,
+        Kind.MXFP8: _MMA_MXFP8,
     }
 )
 
@@ -357,7 +364,11 @@ _TCGEN05: Mapping[Kind, Rows] = MappingProxyType(
         Kind.HALF_BLOCK: _TCGEN05_HALF,
         Kind.HALF_NVFP4: _TCGEN05_HALF,
         Kind.HALF_MXFP8: _TCGEN05_HALF,
-        Kind.NVFP4: (*_TCGEN05_FEW, _row(ANY_M, 128, 128, 128, 8, 3)),
+        Kind.NVFP4: (
+            _row(32, 32, 128, 256, 4, 3, swap=True),
+            _row(64, 64, 128, 256, 8, 3, swap=True),
+            _row(ANY_M, 128, 128, 256, 8, 3),
+        ),
         Kind.MXFP8: (*_TCGEN05_FEW, _row(ANY_M, 128, 128, 128, 8, 3)),
     }
 )

@@ -1,0 +1,288 @@
+"""What the compilers make of every GEMM configuration: instructions, registers, shared memory.
+
+Cases go through the launchers, so that what is compiled is what would run: for every kind of
+product and every bucket of M, one weight that splits K and one that does not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+
+from mokernels.ops import configs
+from mokernels.ops.configs import GemmConfig, Kind, all_configs, choose, shared_bytes
+from mokernels.ops.launch import gemm
+from mokernels.ops.launch.plan import Launch
+from mokernels.ops.target import (
+    CUDA_TARGETS,
+    HIP_TARGETS,
+    SM_80,
+    SM_89,
+    SM_90,
+    SM_100,
+    SM_120,
+    Target,
+)
+from tests.support import sass
+from tests.support.aot import Case, Compiled, compile_launch
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+FP8, U8 = torch.float8_e4m3fn, torch.uint8
+K = 4096
+ROWS = (1, 32, 64, 128, 256, 512, 2048)
+"""One M of every bucket."""
+WEIGHTS = (28672, 4096)
+"""N of a weight with enough tiles, and of one whose K is split for few rows."""
+
+FP8_KINDS = (Kind.FP8, Kind.FP8_FAST, Kind.FP8_BLOCK)
+HALF_KINDS = (Kind.HALF_FP8, Kind.HALF_BLOCK, Kind.HALF_NVFP4, Kind.HALF_MXFP8)
+MATRIX_INSTRUCTION: dict[Target, dict[Kind, str]] = {
+    SM_80: dict.fromkeys((*FP8_KINDS, *HALF_KINDS), "HMMA"),
+    SM_89: dict.fromkeys(FP8_KINDS, "QMMA") | dict.fromkeys(HALF_KINDS, "HMMA"),
+    SM_90: dict.fromkeys(FP8_KINDS, "QGMMA") | dict.fromkeys(HALF_KINDS, "HGMMA"),
+    SM_100: dict.fromkeys((*FP8_KINDS, Kind.MXFP8), "UTCQMMA")
+    | dict.fromkeys(HALF_KINDS, "UTCHMMA")
+    | {Kind.NVFP4: "UTCOMMA"},
+    SM_120: dict.fromkeys((*FP8_KINDS, Kind.MXFP8), "QMMA")
+    | dict.fromkeys(HALF_KINDS, "HMMA")
+    | {Kind.NVFP4: "OMMA"},
+}
+
+
+def empty(*shape: int, dtype: torch.dtype = FP32) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def fp8(m: int, n: int, target: Target, fast: bool = False) -> gemm.Planned:
+    a, b = empty(m, K, dtype=FP8), empty(n, K, dtype=FP8)
+    scales = (empty(m), empty(n))
+    return gemm.plan_fp8_gemm(a, b, *scales, empty(n, dtype=BF16), BF16, fast, target=target)
+
+
+def fp8_fast(m: int, n: int, target: Target) -> gemm.Planned:
+    return fp8(m, n, target, fast=True)
+
+
+def fp8_block(m: int, n: int, target: Target) -> gemm.Planned:
+    a, b = empty(m, K, dtype=FP8), empty(n, K, dtype=FP8)
+    scales = (empty(m, K // 128), empty(-(-n // 128), K // 128))
+    return gemm.plan_fp8_gemm(a, b, *scales, None, BF16, target=target)
+
+
+def half_fp8(m: int, n: int, target: Target, dtype: torch.dtype = BF16) -> gemm.Planned:
+    x, b = empty(m, K, dtype=dtype), empty(n, K, dtype=FP8)
+    return gemm.plan_fp8_weight_only(x, b, empty(n), None, target=target)
+
+
+def half_block(m: int, n: int, target: Target, dtype: torch.dtype = BF16) -> gemm.Planned:
+    x, b = empty(m, K, dtype=dtype), empty(n, K, dtype=FP8)
+    scale = empty(-(-n // 128), K // 128)
+    return gemm.plan_fp8_weight_only(x, b, scale, None, target=target)
+
+
+def half_nvfp4(m: int, n: int, target: Target, dtype: torch.dtype = BF16) -> gemm.Planned:
+    x, b = empty(m, K, dtype=dtype), empty(n, K // 2, dtype=U8)
+    scale = empty(n, K // 16, dtype=FP8)
+    return gemm.plan_nvfp4_decode(x, b, scale, None, empty(), None, dtype, target=target)
+
+
+def half_mxfp8(m: int, n: int, target: Target, dtype: torch.dtype = BF16) -> gemm.Planned:
+    x, b = empty(m, K, dtype=dtype), empty(n, K, dtype=FP8)
+    scale = empty(n, K // 32, dtype=U8)
+    return gemm.plan_mxfp8_decode(x, b, scale, None, dtype, target=target)
+
+
+def nvfp4(m: int, n: int, target: Target) -> gemm.Planned:
+    a, b = empty(m, K // 2, dtype=U8), empty(n, K // 2, dtype=U8)
+    scales = (empty(m, K // 16, dtype=FP8), empty(n, K // 16, dtype=FP8), empty(), empty())
+    return gemm.plan_nvfp4_gemm(a, b, *scales, None, BF16, target=target)
+
+
+def mxfp8(m: int, n: int, target: Target) -> gemm.Planned:
+    a, b = empty(m, K, dtype=FP8), empty(n, K, dtype=FP8)
+    scales = (empty(m, K // 32, dtype=U8), empty(n, K // 32, dtype=U8))
+    return gemm.plan_mxfp8_gemm(a, b, *scales, None, BF16, target=target)
+
+
+PLANS: dict[Kind, Callable[[int, int, Target], gemm.Planned]] = {
+    Kind.FP8: fp8,
+    Kind.FP8_FAST: fp8_fast,
+    Kind.FP8_BLOCK: fp8_block,
+    Kind.HALF_FP8: half_fp8,
+    Kind.HALF_BLOCK: half_block,
+    Kind.HALF_NVFP4: half_nvfp4,
+    Kind.HALF_MXFP8: half_mxfp8,
+    Kind.NVFP4: nvfp4,
+    Kind.MXFP8: mxfp8,
+}
+
+
+@dataclass(frozen=True)
+class GemmCase(Case):
+    """A case that knows what it is: the kind of product and its configuration."""
+
+    kind: Kind = Kind.FP8
+    config: GemmConfig | None = None
+
+
+def gemm_cases(targets: tuple[Target, ...]) -> Iterator[GemmCase]:
+    for target in targets:
+        for kind, plan in PLANS.items():
+            seen = set()
+            for m, n in ((m, n) for n in WEIGHTS for m in ROWS if kind in all_configs(target)):
+                config = choose(kind, m, n, K, target)
+                tile = (replace(config, split_k=1), config.split_k > 1)
+                if tile not in seen:
+                    seen.add(tile)
+                    yield gemm_case(kind, config, target, plan, m, n)
+
+
+def gemm_case(
+    kind: Kind,
+    config: GemmConfig,
+    target: Target,
+    plan: Callable[[int, int, Target], gemm.Planned],
+    m: int,
+    n: int,
+) -> GemmCase:
+    tile = f"{config.block_m}x{config.block_n}x{config.block_k}-split{config.split_k}"
+    return GemmCase(
+        f"gemm-{kind.value}",
+        target,
+        tile,
+        lambda: only(plan(m, n, target), "gemm_"),
+        kind,
+        config,
+    )
+
+
+def only(planned: gemm.Planned, name: str) -> Launch:
+    """The launch of the kernel whose name starts so."""
+    (launch,) = (one for one in planned[1] if one.kernel.__name__.startswith(name))
+    return launch
+
+
+CASES = list(gemm_cases(CUDA_TARGETS))
+
+
+def case_bytes(config: GemmConfig, kind: Kind) -> tuple[int, int]:
+    """Bytes of x and of the weight in one K step."""
+    x = {Kind.NVFP4: 0.5}.get(kind, 1 if kind in (*FP8_KINDS, Kind.MXFP8) else 2)
+    w = 0.5 if kind in (Kind.NVFP4, Kind.HALF_NVFP4) else 1
+    return int(config.block_m * config.block_k * x), int(config.block_n * config.block_k * w)
+
+
+# Where the weight is decoded in the registers of the matrix instruction's layout, its copies to
+# shared memory may be as narrow as that layout's pieces: 8 codes for wgmma (which takes registers
+# only if the weight is the M side), 16 packed codes for mma.sync on triton 3.9.
+NARROW_WEIGHTS = {
+    **{(SM_90, kind): 64 for kind in (Kind.HALF_FP8, Kind.HALF_BLOCK, Kind.HALF_MXFP8)},
+    **{(target, Kind.HALF_NVFP4): 64 for target in (SM_80, SM_89, SM_120)},
+    (SM_90, Kind.HALF_NVFP4): 32,
+}
+
+
+def test_every_configuration_is_compiled():
+    for target in CUDA_TARGETS:
+        for kind, chosen in all_configs(target).items():
+            compiled = {
+                replace(case.config, split_k=1)
+                for case in CASES
+                if (case.target, case.kind) == (target, kind)
+            }
+            assert kind is Kind.FP32 or compiled == set(chosen), (target.name, kind)
+
+
+@pytest.mark.aot_cases(CASES)
+def test_main_loop(case: GemmCase, compiled: Compiled):
+    loop = sass.main_loop(compiled)
+    sass.assert_matrix_instruction(compiled, MATRIX_INSTRUCTION[case.target][case.kind])
+    sass.assert_no_spills(compiled)
+    sass.assert_fits(compiled)
+    assert compiled.shared <= shared_bytes(case.config, case.kind, case.target)
+    assert_operands_come_wide(case, loop)
+    additions = sass.count(loop)["FADD"]
+    promoted = case.target is SM_90 and case.kind is Kind.FP8
+    assert bool(additions) == promoted, f"{additions} additions, promoted: {promoted}"
+    if (case.target, case.kind) == (SM_120, Kind.MXFP8):
+        sass.assert_opcode(compiled, r"^QMMA\.SF")
+
+
+def assert_operands_come_wide(case: GemmCase, loop: list[sass.Instruction]) -> None:
+    """Copies of 128 bits bring the operands of a step; block scales may come in narrower ones."""
+    threads = 32 * case.config.num_warps
+    widths = [i.bits for i in loop if i.base == "LDGSTS"]
+    x, w = case_bytes(case.config, case.kind)
+    narrow = NARROW_WEIGHTS.get((case.target, case.kind), 128)
+    if case.target is SM_90 and not case.config.swap:
+        narrow = 128
+    assert 16 * threads * widths.count(128) >= (x + w if narrow == 128 else x), (case.name, widths)
+    copied = sum(threads * bits // 8 for bits in widths if bits >= narrow)
+    assert copied >= x + w, (case.name, widths)
+
+
+def fp32_cases() -> Iterator[Case]:
+    for target in CUDA_TARGETS:
+        for plan in (half_fp8, half_block, half_nvfp4, half_mxfp8):
+            for m in (1, 128):
+                name = f"{plan.__name__}-{m}"
+                yield Case("gemm-fp32", target, name, fp32_launch(plan, m, target))
+
+
+def fp32_launch(plan: Callable[..., gemm.Planned], m: int, target: Target) -> Callable[[], Launch]:
+    return lambda: only(plan(m, 28672, target, FP32), "gemm_")
+
+
+@pytest.mark.aot_cases(list(fp32_cases()))
+def test_fp32_is_multiplied_as_fp32(case: Case, compiled: Compiled):
+    used = sass.count(sass.instructions(compiled.sass))
+    assert used["FFMA"] + used["FFMA2"] > 0  # FFMA2: two at a time, sm_100
+    assert not set(used) & set(sass.MATRIX_OPCODES)
+    sass.assert_no_spills(compiled)
+    sass.assert_fits(compiled)
+
+
+def reduce_cases() -> Iterator[Case]:
+    for target in CUDA_TARGETS:
+        yield Case(
+            "reduce", target, "bf16", lambda target=target: only(fp8(1, 1024, target), "reduce")
+        )
+
+
+@pytest.mark.aot_cases(list(reduce_cases()))
+def test_reduction(case: Case, compiled: Compiled):
+    sass.assert_no_spills(compiled)
+    assert any(i.base == "LDG" and i.bits == 128 for i in sass.instructions(compiled.sass))
+
+
+def tail_cases() -> Iterator[Case]:
+    """K that no step divides, fp16, and few rows: what the other cases leave out."""
+    for target in CUDA_TARGETS:
+        for plan in (half_fp8, half_block, half_nvfp4):
+            name = f"{plan.__name__}-fp16"
+            launch = lambda plan=plan, target=target: only(plan(1, 4096, target, FP16), "gemm_")  # noqa: E731
+            yield Case("gemm-fp16", target, name, launch)
+
+
+@pytest.mark.aot_cases(list(tail_cases()))
+def test_fp16(case: Case, compiled: Compiled):
+    sass.assert_no_spills(compiled)
+    sass.assert_matrix_instruction(compiled, MATRIX_INSTRUCTION[case.target][Kind.HALF_FP8])
+
+
+@pytest.mark.parametrize("target", HIP_TARGETS, ids=lambda target: target.name)
+@pytest.mark.parametrize("plan", [fp8, fp8_block, half_fp8, half_block, half_nvfp4, half_mxfp8])
+def test_compiles_for_amd(target, plan):
+    compiled = compile_launch(only(plan(64, 4096, target), "gemm_"), target)
+    assert "v_mfma" in compiled.amdgcn
+    assert not compiled.spills
+
+
+def test_one_bucket_of_rows_shares_a_binary():
+    # M is never a compile-time argument: one bucket, one set of constants.
+    first, last = (only(fp8(m, 28672, SM_90), "gemm_") for m in (17, 32))
+    assert first.constants == last.constants
+    assert configs.bucket(17) == configs.bucket(32)

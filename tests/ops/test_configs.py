@@ -1,0 +1,201 @@
+"""The choice of GEMM configurations: pure, bounded, and with a fixed order of addition."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mokernels.ops.configs import (
+    ANY_M,
+    BLOCKS_PER_SPLIT,
+    M_BUCKETS,
+    SPLITS,
+    GemmConfig,
+    Kind,
+    all_configs,
+    bucket,
+    choose,
+    config_ok,
+    kind_of_fp8,
+    shared_bytes,
+)
+from mokernels.ops.target import (
+    CUDA_TARGETS,
+    HIP_TARGETS,
+    SM_80,
+    SM_89,
+    SM_90,
+    SM_100,
+    SM_120,
+    Target,
+)
+
+TARGETS = (*CUDA_TARGETS, *HIP_TARGETS, Target("xpu", "xpu", 128, 64 * 1024))
+CHOICES = [(target, kind) for target in TARGETS for kind in all_configs(target)]
+
+targets_and_kinds = st.sampled_from(CHOICES)
+rows = st.integers(0, 3000) | st.sampled_from([*M_BUCKETS, *(end + 1 for end in M_BUCKETS)])
+columns = st.integers(1, 40_000)
+inner = st.integers(0, 30_000)
+processors = st.integers(1, 400)
+
+
+def name(value: object) -> str:
+    return value.name if isinstance(value, Target) else getattr(value, "value", str(value))
+
+
+@pytest.mark.parametrize(("target", "kind"), CHOICES, ids=name)
+def test_every_configuration_is_legal(target, kind):
+    for config in all_configs(target)[kind]:
+        assert config_ok(config, kind, target), config
+        assert config.split_k == 1
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=name)
+def test_there_are_few_configurations(target):
+    # Every one of them is compiled and tuned for; 40 is what a test run can afford.
+    assert 10 <= sum(len(configs) for configs in all_configs(target).values()) <= 40
+
+
+@given(targets_and_kinds, rows, columns, inner, processors)
+def test_a_choice_is_among_all_configs(choice, m, n, k, count):
+    target, kind = choice
+    config = choose(kind, m, n, k, replace(target, processors=count))
+    assert replace(config, split_k=1) in all_configs(target)[kind]
+    assert 1 <= config.split_k <= max(SPLITS)
+
+
+@given(targets_and_kinds, rows, columns, inner, processors)
+def test_partial_sums_cover_k_and_none_is_empty(choice, m, n, k, count):
+    target, kind = choice
+    config = choose(kind, m, n, k, replace(target, processors=count))
+    step = config.blocks_per_split(k) * config.block_k
+    assert step * config.split_k >= k
+    assert step * (config.split_k - 1) < k or config.split_k == 1
+
+
+@given(targets_and_kinds, rows, columns, inner, processors)
+def test_a_partial_sum_is_worth_a_launch(choice, m, n, k, count):
+    target, kind = choice
+    config = choose(kind, m, n, k, replace(target, processors=count))
+    assert config.split_k == 1 or config.blocks_per_split(k) >= BLOCKS_PER_SPLIT
+
+
+@given(targets_and_kinds, rows, columns, inner)
+def test_all_rows_of_a_bucket_share_the_choice(choice, m, n, k):
+    target, kind = choice
+    end = bucket(m)
+    assert choose(kind, m, n, k, target) == choose(kind, end, n, k, target)
+    assert m <= end
+
+
+@given(targets_and_kinds, rows, rows, columns, inner)
+def test_only_the_split_depends_on_the_rows(choice, m, other, n, k):
+    target, kind = choice
+    first, second = (choose(kind, value, n, k, target) for value in (m, other))
+    assert replace(first, split_k=1).order == replace(second, split_k=1).order
+
+
+@given(targets_and_kinds, rows, columns, columns, inner)
+def test_a_member_of_a_group_adds_as_the_group_does(choice, m, group_n, member_n, k):
+    target, kind = choice
+    group = choose(kind, m, group_n, k, target)
+    member = choose(kind, m, min(member_n, group_n), k, target, plan_n=group_n)
+    assert member == group
+
+
+@given(targets_and_kinds, columns, inner)
+def test_many_rows_do_not_split(choice, n, k):
+    target, kind = choice
+    assert choose(kind, M_BUCKETS[-1] + 1, n, k, target).split_k == 1
+
+
+def test_few_rows_split_until_the_processors_are_filled():
+    # 64 tiles of 64 columns on 132 processors: four parts make 256 programs, two on most.
+    config = choose(Kind.FP8, 1, 4096, 4096, SM_90)
+    assert (config.block_n, config.split_k) == (64, 4)
+    assert choose(Kind.FP8, 1, 28672, 4096, SM_90).split_k == 1
+    # Too few blocks of K for another part: 8 blocks are two parts of 4.
+    assert choose(Kind.FP8, 1, 1024, 1024, SM_90).split_k == 2
+
+
+def test_no_partial_sum_is_left_over():
+    # 33 blocks in 8 parts of ceil(33 / 8) = 5 fill only 7 of them.
+    assert choose(Kind.FP8, 1, 1024, 33 * 128, SM_90).split_k == 7
+    assert choose(Kind.FP8, 1, 1024, 33 * 128, SM_90).blocks_per_split(33 * 128) == 5
+
+
+@pytest.mark.parametrize("target", [SM_90, SM_100], ids=name)
+def test_few_rows_are_the_n_side_where_the_m_side_has_64(target):
+    for kind in all_configs(target):
+        config = choose(kind, 1, 4096, 4096, target)
+        assert config.swap == (kind is not Kind.FP32), kind
+
+
+@pytest.mark.parametrize("target", [SM_80, SM_89, SM_120, *HIP_TARGETS], ids=name)
+def test_elsewhere_rows_are_the_m_side(target):
+    assert not any(config.swap for row in all_configs(target).values() for config in row)
+
+
+def test_only_hopper_promotes_and_only_without_fast_accumulation():
+    for target in TARGETS:
+        for kind, row in all_configs(target).items():
+            wanted = 128 if target is SM_90 and kind is Kind.FP8 else None
+            assert {config.promote for config in row} == {wanted}, (target.name, kind)
+
+
+@pytest.mark.parametrize(
+    ("target", "block_scales", "fast", "kind"),
+    [
+        (SM_90, False, False, Kind.FP8),
+        (SM_90, False, True, Kind.FP8_FAST),
+        (SM_90, True, True, Kind.FP8_BLOCK),
+        (SM_89, False, True, Kind.FP8),
+        (SM_100, True, False, Kind.FP8_BLOCK),
+    ],
+)
+def test_kind_of_an_fp8_product(target, block_scales, fast, kind):
+    assert kind_of_fp8(target, block_scales, fast) is kind
+
+
+def test_block_scaled_kinds_exist_where_the_matrix_units_have_them():
+    native = {Kind.NVFP4, Kind.MXFP8}
+    for target in TARGETS:
+        assert (native <= set(all_configs(target))) == target.has_block_scaled_dot
+
+
+@pytest.mark.parametrize(
+    ("change", "kind"),
+    [
+        ({"block_m": 96}, Kind.FP8),
+        ({"num_stages": 40}, Kind.FP8),
+        ({"promote": 128, "block_k": 64}, Kind.FP8),
+        ({"block_n": 256}, Kind.FP8_BLOCK),
+        ({"block_k": 256}, Kind.HALF_BLOCK),
+    ],
+    ids=str,
+)
+def test_illegal_configurations_are_found(change, kind):
+    legal = GemmConfig(64, 128, 128, 4, 3)
+    assert config_ok(legal, kind, SM_90)
+    assert not config_ok(replace(legal, **change), kind, SM_90)
+
+
+def test_shared_memory_is_counted_in_bytes_of_the_operands():
+    config = GemmConfig(64, 128, 128, 4, num_stages=4)
+    assert shared_bytes(config, Kind.FP8, SM_90) == 4 * (64 + 128) * 128 + 1024
+    # mma.sync has read its operands when the next copy is issued: one buffer less.
+    assert shared_bytes(config, Kind.FP8, SM_89) == 3 * (64 + 128) * 128 + 1024
+    # 16-bit activations, packed codes, block scales, and the decoded weight.
+    packed = 4 * (64 * 2 * 128 + 128 * 64 + 128 * 8) + 128 * 128 * 2
+    assert shared_bytes(config, Kind.HALF_NVFP4, SM_90) == packed + 1024
+    # A wide tile ends with its fp32 sums.
+    short = GemmConfig(128, 256, 32, 8, num_stages=2)
+    assert shared_bytes(short, Kind.FP8, SM_90) == 4 * 128 * 256 + 1024
+
+
+def test_buckets():
+    assert [bucket(m) for m in (0, 1, 16, 17, 512, 513)] == [16, 16, 16, 32, 512, ANY_M]
