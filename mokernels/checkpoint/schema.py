@@ -99,8 +99,7 @@ class Section:
 
     def _by_modelopt(self) -> bool:
         """Whether ModelOpt's conventions hold; others store reciprocal scales, for example."""
-        # An enum of transformers is a str whose str() is not its value.
-        method = getattr(self.data.get("quant_method"), "value", self.data.get("quant_method"))
+        method = self.data.get("quant_method")
         if isinstance(method, str) and method.lower().startswith("modelopt"):
             return True
         producer = self.data.get("producer")
