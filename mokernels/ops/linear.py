@@ -23,9 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import mokernels.ops.quantize  # noqa: F401  (the gradients look its operators up)
 from mokernels import numerics
 from mokernels.formats import MXFP8_BLOCK, NVFP4_BLOCK
-from mokernels.ops import quantize as _quantize  # noqa: F401  (gradients need its operators)
 from mokernels.ops.checks import (
     check_bias,
     check_float,
