@@ -6,7 +6,8 @@ that enough loads are in flight, and a small tensor should still give every proc
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
 
 LONGEST_ROW = 16384
 """Longest row that one program keeps in registers; longer ones are read twice."""
@@ -17,8 +18,7 @@ _WIDEST_TILE = 1024
 _THREADS = 32
 
 
-@dataclass(frozen=True)
-class Tile:
+class Tile(NamedTuple):
     """What one program computes.
 
     Attributes:
@@ -36,6 +36,7 @@ class Tile:
         return -(-rows // self.rows) * -(-k // self.columns)
 
 
+@lru_cache(maxsize=4096)
 def block_tile(rows: int, k: int, group: int, processors: int) -> Tile:
     """The tile for kernels that treat every ``group`` elements of a row by themselves.
 
@@ -54,6 +55,7 @@ def block_tile(rows: int, k: int, group: int, processors: int) -> Tile:
     return Tile(height, columns, _warps(height * columns, per_thread=32))
 
 
+@lru_cache(maxsize=4096)
 def row_tile(rows: int, k: int, processors: int) -> Tile:
     """The tile for kernels that reduce whole rows; narrower than K if K is above LONGEST_ROW."""
     columns = max(_power_of_two(k), 16) if k <= LONGEST_ROW else _PASS

@@ -7,8 +7,7 @@ a maximum does not depend on its order, and nothing is added.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -136,10 +135,10 @@ def plan_quantize_fp8_per_token(x: Tensor, *, target: Target) -> PlannedPair:
     """Codes float8_e4m3fn [..., K] and scales fp32 [...]; one launch."""
     rows = rows_of(x)
     codes, scales = _bytes(x, x.shape), x.new_empty(x.shape[:-1], dtype=torch.float32)
-    chosen = row_tile(rows.count, rows.k, target.processors)
+    chosen = row_tile(rows.total, rows.k, target.processors)
     launch = Launch(
         quantize_rows,
-        (-(-rows.count // chosen.rows), 1, 1),
+        (-(-rows.total // chosen.rows), 1, 1),
         (rows.tensor, codes, scales, *rows.arguments),
         {
             "ONE_PASS": chosen.columns >= rows.k,
@@ -207,7 +206,7 @@ def plan_dequantize_nvfp4(
 ) -> Planned:
     """Values [..., K] of packed codes [..., K / 2]; one launch."""
     packed = rows_of(codes)
-    rows = replace(packed, k=2 * packed.k)
+    rows = packed._replace(k=2 * packed.k)
     out = codes.new_empty((*codes.shape[:-1], rows.k), dtype=OUT_DTYPES[out_dtype])
     tensors = (scale.contiguous().view(torch.uint8), global_scale, out)
     layout = (1, rows.k // NVFP4_BLOCK, 1)
@@ -225,14 +224,13 @@ def plan_dequantize_mxfp8(
     return out, (_dequantize_blocks(rows, tensors, "mxfp8", MXFP8_BLOCK, target, layout),)
 
 
-@dataclass(frozen=True)
-class Rows:
+class Rows(NamedTuple):
     """A tensor [..., K] as rows in memory: row r starts at element ``(r // inner) * outer_stride +
     (r % inner) * inner_stride``, and K is contiguous.
 
     Attributes:
         tensor: the tensor itself, or a contiguous copy.
-        count: number of rows.
+        total: number of rows.
         k: elements of a row.
         inner: rows before the outer stride is taken.
         outer_stride: in elements.
@@ -240,7 +238,7 @@ class Rows:
     """
 
     tensor: Tensor
-    count: int
+    total: int
     k: int
     inner: int
     outer_stride: int
@@ -249,12 +247,12 @@ class Rows:
     @property
     def nested(self) -> bool:
         """Whether it takes two strides."""
-        return self.inner < self.count
+        return self.inner < self.total
 
     @property
     def arguments(self) -> tuple[int, ...]:
         """What every kernel takes after its tensors."""
-        return self.count, self.k, self.inner, self.outer_stride, self.inner_stride
+        return self.total, self.k, self.inner, self.outer_stride, self.inner_stride
 
 
 def rows_of(x: Tensor) -> Rows:
@@ -262,6 +260,9 @@ def rows_of(x: Tensor) -> Rows:
     the leading dimensions need more than two strides.
     """
     k = x.shape[-1]
+    if x.is_contiguous() and k:
+        count = x.numel() // k
+        return Rows(x, count, k, count, 0, k)
     leading = _merged_dimensions(x)
     if len(leading) > 2 or (k > 1 and x.stride(-1) != 1):
         x = x.contiguous()
@@ -343,11 +344,11 @@ def _tiled(
     **constants: Any,
 ) -> Launch:
     """A kernel whose programs each take a tile of the rows."""
-    chosen = block_tile(rows.count, rows.k, group, target.processors)
+    chosen = block_tile(rows.total, rows.k, group, target.processors)
     constants |= {"NESTED": rows.nested, "ROWS": chosen.rows, "COLUMNS": chosen.columns}
     return Launch(
         kernel,
-        (chosen.programs(rows.count, rows.k), 1, 1),
+        (chosen.programs(rows.total, rows.k), 1, 1),
         (rows.tensor, *tensors, *rows.arguments, *others),
         constants,
         num_warps=chosen.warps,
