@@ -154,8 +154,8 @@ def gemm_case(
         target,
         tile,
         lambda: only(plan(m, n, target), "gemm_"),
-        kind,
-        config,
+        kind=kind,
+        config=config,
     )
 
 
