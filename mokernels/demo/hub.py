@@ -66,7 +66,7 @@ def why_unreachable() -> str:
     """The reason, for a message."""
     if offline():
         return "HF_HUB_OFFLINE is set"
-    return f"the hub does not answer within {TIMEOUT_SECONDS:.0f} seconds"
+    return f"the hub did not answer (it gets {TIMEOUT_SECONDS:.0f} seconds)"
 
 
 def hub_reachable(repo: str, timeout: float = TIMEOUT_SECONDS) -> bool:

@@ -20,7 +20,7 @@ from mokernels.layers.swap import make_layer
 
 _ACTIVATIONS = {
     Activation.NONE: "16 bit",
-    Activation.FP8_STATIC: "E4M3, one calibrated scale",
+    Activation.FP8_STATIC: "E4M3, one calibrated scale, else per token",
     Activation.FP8_PER_TOKEN: "E4M3, a scale per token",
     Activation.FP8_BLOCK: "E4M3, a scale per 128",
     Activation.NVFP4: "E2M1, a scale per 16",

@@ -143,7 +143,7 @@ def test_neither_folder_nor_hub(monkeypatch):
     monkeypatch.setattr(hub, "hub_reachable", lambda repo: False)
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda repo, name: None)
     with pytest.raises(
-        HubError, match=r"'owner/model' does not exist here, .* within 3 seconds\. "
+        HubError, match=r"'owner/model' does not exist here, .* gets 3 seconds\)\. "
     ):
         hub.local_folder("owner/model")
 

@@ -46,7 +46,7 @@ def test_then_its_cache(world, failing):
     said = []
     found = find_source(None, said.append)
     assert (found.folder, found.gguf_file) == (CACHED, None)
-    reason = {"hub": "does not answer within 3 seconds", "download": "403"}[failing]
+    reason = {"hub": "the hub did not answer (it gets 3 seconds)", "download": "403"}[failing]
     assert reason in said[-1]
 
 
