@@ -111,8 +111,7 @@ def test_nvidia(case, compiled):
     found, wanted = len(fused) + fused.count("x2"), expected_multiply_adds(case)
     assert found in wanted, f"{where(compiled)}: {found} multiply-adds in the PTX, wanted {wanted}"
     if case.aligned:
-        # A thread that packs 16 codes in 8 bytes has no use for wider loads of codes.
-        assert_wide(compiled, bits=64 if case.family == "dequantize_nvfp4" else 128)
+        assert_wide(case, compiled)
     if "fp8" in case.family and case.family.startswith("quantize"):
         assert_converts(compiled)
 
@@ -129,14 +128,22 @@ def expected_multiply_adds(case: Case) -> tuple[int, ...]:
     return 4 * elements, 5 * elements
 
 
-def assert_wide(compiled: Compiled, bits: int) -> None:
-    """Values are loaded ``bits`` at a time; narrower loads are scales, one of each kind."""
-    loads = [i for i in sass.instructions(compiled.sass) if i.base == "LDG"]
-    wide = [i for i in loads if i.bits >= bits]
-    assert wide, f"{where(compiled)}: no load of {bits} bits among {[i.opcode for i in loads]}"
-    stores = [i for i in sass.instructions(compiled.sass) if i.base == "STG"]
-    assert any(i.bits >= 64 for i in stores), (
-        f"{where(compiled)}: no wide store among {[i.opcode for i in stores]}"
+def assert_wide(case: Case, compiled: Compiled) -> None:
+    """All of the tile is loaded 128 bits at a time; the narrower loads are scales."""
+    planned = case.plan()
+    packed = case.family == "dequantize_nvfp4"
+    # A thread stores 16 values in two pieces of 16 bytes; they come from 8 bytes of packed codes.
+    bits = 64 if packed else 128
+    tile = planned.constants["ROWS"] * planned.constants["COLUMNS"] // (2 if packed else 1)
+    needed = tile * planned.args[0].element_size() * 8 // (32 * planned.num_warps * bits)
+    code = [i for i in sass.instructions(compiled.sass) if i.base in ("LDG", "STG")]
+    wide = [i for i in code if i.base == "LDG" and i.bits >= bits]
+    assert len(wide) >= max(1, needed), (
+        f"{where(compiled)}: {len(wide)} loads of {bits} bits, wanted {needed}, among "
+        f"{[i.opcode for i in code]}"
+    )
+    assert any(i.base == "STG" and i.bits >= 64 for i in code), (
+        f"{where(compiled)}: no wide store among {[i.opcode for i in code]}"
     )
 
 

@@ -333,8 +333,9 @@ def test_more_rows_than_a_second_grid_axis_allows(device):
 def test_a_small_tensor_on_a_large_device_is_cut_into_small_tiles(device):
     x = normal(9, 1040).to(device)
     g = scalar(0.01, device)
-    _, (large,) = launch.plan_quantize_nvfp4(x, g, target=replace(SM_90, processors=1))
-    outputs, (small,) = launch.plan_quantize_nvfp4(x, g, target=SM_90)
+    one, many = (replace(targets()[0], processors=count) for count in (1, 132))
+    _, (large,) = launch.plan_quantize_nvfp4(x, g, target=one)
+    outputs, (small,) = launch.plan_quantize_nvfp4(x, g, target=many)
     assert small.grid[0] > large.grid[0]
     small.run()
     assert_same_pair(outputs, numerics.quantize_nvfp4(x, g))

@@ -1,4 +1,4 @@
-"""Check every memory access of interpreted kernels: bounds, uninitialised races, lost stores.
+"""Check every memory access of interpreted kernels: bounds, and races between programs.
 
 The plain interpreter reads past the end of a tensor without a word, and often gets a plausible
 result. ``install`` makes these accesses raise ``MemoryFault``:
