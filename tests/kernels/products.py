@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import replace
 
 import torch
 from hypothesis import strategies as st
@@ -27,28 +27,30 @@ floats = st.sampled_from([BF16, FP16, FP32])
 biases = st.sampled_from([None, BF16, FP16, FP32])
 
 
-@dataclass(frozen=True)
+def few_processors(target: Target) -> Target:
+    """The same with two processors: one column of tiles is split, two are not."""
+    return replace(target, processors=2)
+
+
 class Draw:
     """Random tensors from one seed, on one device."""
 
-    device: torch.device
-    seed: int
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "generator", torch.Generator().manual_seed(self.seed))
+    def __init__(self, device: torch.device, seed: int):
+        self.device = device
+        self.generator = torch.Generator().manual_seed(seed)
 
     def normal(self, *shape: int, dtype: torch.dtype = FP32) -> Tensor:
-        values = torch.randn(shape, generator=self.generator)  # type: ignore[attr-defined]
+        values = torch.randn(shape, generator=self.generator)
         return values.to(dtype).to(self.device)
 
     def scale(self, *shape: int) -> Tensor:
         """Positive fp32 scales around 2 ** -6, which keeps products inside fp16."""
-        values = torch.rand(shape, generator=self.generator) + 0.5  # type: ignore[attr-defined]
+        values = torch.rand(shape, generator=self.generator) + 0.5
         return (values * 2.0**-6).to(self.device)
 
     def integers(self, low: int, high: int, *shape: int) -> Tensor:
         """From low to high, both included."""
-        return torch.randint(low, high + 1, shape, generator=self.generator).to(self.device)  # type: ignore[attr-defined]
+        return torch.randint(low, high + 1, shape, generator=self.generator).to(self.device)
 
     def e4m3(self, *shape: int) -> Tensor:
         """Codes of every finite value: small ones are as frequent as large ones."""

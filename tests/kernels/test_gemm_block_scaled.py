@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -23,6 +21,7 @@ from tests.kernels.products import (
     assert_product,
     biases,
     columns,
+    few_processors,
     floats,
     layouts,
     leads,
@@ -153,10 +152,6 @@ def test_an_mxfp8_exponent_of_nan_reaches_its_row(device, target):
     wanted = torch.zeros(m, n, dtype=torch.bool, device=device)
     wanted[:, 69] = True
     assert torch.equal(y.isnan(), wanted)
-
-
-def few_processors(target: Target) -> Target:
-    return replace(target, processors=2)
 
 
 @every_target

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +12,6 @@ from hypothesis import strategies as st
 from mokernels import numerics
 from mokernels.ops import launch
 from mokernels.ops.configs import Kind, choose
-from mokernels.ops.target import Target
 from tests.kernels.products import (
     BF16,
     FP8,
@@ -24,6 +22,7 @@ from tests.kernels.products import (
     assert_product,
     biases,
     columns,
+    few_processors,
     floats,
     layouts,
     leads,
@@ -107,11 +106,6 @@ def test_many_rows(device, target, blocks):
     assert_product(y, *operands, native_fp8=True)
 
 
-def split_target(target: Target) -> Target:
-    """The same with so few processors that one tile more than one column splits less."""
-    return replace(target, processors=2)
-
-
 @settings(max_examples=12)
 @given(seeds, targets, st.sampled_from([1, 5, 40]), st.integers(1024, 2300), biases, st.booleans())
 def test_split_k(device, seed, target, m, k, bias_dtype, blocks):
@@ -129,7 +123,7 @@ def test_split_k(device, seed, target, m, k, bias_dtype, blocks):
 @every_target
 @pytest.mark.parametrize("kind", [Kind.FP8, Kind.FP8_BLOCK], ids=lambda kind: kind.value)
 def test_a_fused_group_equals_its_members_to_the_bit(device, target, kind):
-    target, draw = split_target(target), Draw(device, 2)
+    target, draw = few_processors(target), Draw(device, 2)
     m, k, members = 5, 1100, (128, 256, 128)
     n, blocks = sum(members), kind is Kind.FP8_BLOCK
     group, alone = (choose(kind, m, size, k, target).split_k for size in (n, members[0]))
