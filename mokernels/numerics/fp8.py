@@ -152,7 +152,7 @@ def dequantize_fp8(codes: Tensor, scale: Tensor, out_dtype: torch.dtype = torch.
         scale = scale.reshape(-1)
     elif scale.shape == (*codes.shape[:-1], columns) and codes.dim() != 2:
         scale = scale.reshape(-1, columns)
-    values = decode_e4m3(rows) * expand_fp8_scale(scale.float(), *rows.shape)
+    values = decode_e4m3(rows).mul_(expand_fp8_scale(scale.float(), *rows.shape))
     return values.reshape(codes.shape).to(out_dtype)
 
 

@@ -55,14 +55,14 @@ def dequantize_mxfp8(
         out_dtype: of the result [..., K].
     """
     values = decode_e4m3(codes).unflatten(-1, (exponents.shape[-1], MXFP8_BLOCK))
-    return (values * decode_e8m0(exponents).unsqueeze(-1)).flatten(-2).to(out_dtype)
+    return values.mul_(decode_e8m0(exponents).unsqueeze(-1)).flatten(-2).to(out_dtype)
 
 
 def _encode(blocks: Tensor, exponent: Tensor) -> tuple[Tensor, Tensor]:
-    # fp64: 2 ** 127 times a small fp32 value is exact there, and the cast back rounds nothing that
-    # the E4M3 rounding could notice (the product of an fp32 by a power of two).
-    step = torch.exp2(-exponent.double()).unsqueeze(-1)
-    codes = encode_e4m3((blocks.double() * step).float())
+    # exp2 of fp32 is not exact on every device. The product is, unless it falls below 2 ** -126,
+    # where every value is far below half of the smallest code.
+    step = torch.exp2(-exponent.double()).float().unsqueeze(-1)
+    codes = encode_e4m3(blocks * step)
     return codes.flatten(-2), (exponent + E8M0_BIAS).to(torch.uint8)
 
 

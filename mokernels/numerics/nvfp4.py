@@ -100,7 +100,7 @@ def dequantize_nvfp4(
     """
     values = decode_e2m1(unpack_nibbles(codes)).unflatten(-1, (-1, NVFP4_BLOCK))
     step = decode_e4m3(block_scale) * global_scale.float()
-    return (values * step.unsqueeze(-1)).flatten(-2).to(out_dtype)
+    return values.mul_(step.unsqueeze(-1)).flatten(-2).to(out_dtype)
 
 
 def _blocks(x: Tensor, name: str) -> Tensor:
