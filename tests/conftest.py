@@ -20,3 +20,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="how many kernel configurations to compile: one for each family and target (quick), "
         "those and a sample that changes daily (ci), or every one (all)",
     )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # The interpreted suite takes longest; begun last, it would run while other workers are idle.
+    items.sort(key=lambda item: not item.nodeid.startswith("tests/test_interpreted_kernels.py"))
