@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Mapping
 
@@ -19,6 +20,8 @@ from mokernels.layers import (
     choose_activation,
     make_layer,
 )
+
+logger = logging.getLogger("mokernels")
 
 
 def load_into(
@@ -57,6 +60,8 @@ def load_into(
         findings = [*report.errors, *_misfits(module, checkpoint, report.plan, name, strict)]
         if findings:
             raise CheckpointError(checkpoint.path, findings)
+        for warning in report.warnings:
+            logger.warning("%s", warning)
         _swap(module, report.plan, name, activations)
         _copy(module, checkpoint, name)
     return module
@@ -86,12 +91,13 @@ def _misfits(
     findings = []
     for layer in plan.layers:
         target = modules.get(_module(layer.name, name))
-        if not isinstance(target, nn.Linear):
-            found = "no such module" if target is None else type(target).__name__
-            findings.append(_misfit(layer, found, "torch.nn.Linear"))
-        elif (target.out_features, target.in_features) != (layer.n, layer.k):
+        if isinstance(target, nn.Linear):
             found = f"Linear({target.in_features}, {target.out_features})"
-            findings.append(_misfit(layer, found, f"Linear({layer.k}, {layer.n})"))
+        else:
+            found = "no such module" if target is None else type(target).__name__
+        wanted = f"Linear({layer.k}, {layer.n})"
+        if found != wanted:
+            findings.append(_misfit(layer, found, wanted))
     quantized = {key for layer in plan.layers for key in _keys(layer.name, layer.tensors)}
     quantized |= {key for owner, tensors in plan.kv_scales.items() for key in _keys(owner, tensors)}
     layers = {_module(layer.name, name) for layer in plan.layers}
@@ -189,11 +195,12 @@ def _swap(
 
 def _copy(module: nn.Module, checkpoint: Checkpoint, name: Callable[[str], str]) -> None:
     """Fill the module tensor by tensor, so that never more than one is there twice."""
+    modules = dict(module.named_modules())
     for key in checkpoint.tensors:
         owner, _, leaf = name(key).rpartition(".")
-        holder = module.get_submodule(owner)
+        holder = modules.get(owner)
         current = getattr(holder, leaf, None)
-        if isinstance(current, Tensor):
+        if holder is not None and isinstance(current, Tensor):
             _assign(holder, leaf, current, checkpoint.tensor(key))
     for layer in module.modules():
         if isinstance(layer, QuantizedLinear):

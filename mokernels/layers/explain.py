@@ -47,7 +47,8 @@ class Explanation:
             for row in rows
         ]
         counts = Counter(f"{row.format} ({row.activations})" for row in self.layers)
-        lines += [f"{count} layers in {what}" for what, count in sorted(counts.items())]
+        for what, count in sorted(counts.items()):
+            lines.append(f"{count} layer{'s' * (count != 1)} in {what}")
         if self.unquantized:
             lines.append(f"{len(self.unquantized)} not quantized: {', '.join(self.unquantized)}")
         return "\n".join([*lines, *self.notes])
@@ -97,7 +98,7 @@ def triton_family(layer: QuantizedLinear, target: Target) -> tuple[str, str]:
     if layer.format.granularity is Granularity.BLOCK or layer.activation is Activation.FP8_BLOCK:
         return "block", "scales of 128 elements of K go on the fp32 accumulator"
     if weight_only:
-        return "decode", "FP8 weights are decoded to the activations' dtype"
+        return "epilogue", "FP8 weights are decoded to the activations' dtype"
     how = "" if target.has_fp8_dot else f"; {target.name} has no FP8 product, codes are decoded"
     return "epilogue", f"scales are applied once, after the product{how}"
 
