@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
-from mokernels import ops as _ops  # noqa: F401  (registers the operators)
+import mokernels.ops as _ops  # noqa: F401  (registers the operators)
 from mokernels.checkpoint import check
 from mokernels.checkpoint.load import load_into
 from mokernels.errors import (

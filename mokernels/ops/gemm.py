@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mokernels import numerics
+import mokernels.numerics as numerics
 from mokernels.formats import MXFP8_BLOCK, NVFP4_BLOCK
 from mokernels.ops.checks import (
     check_activation_scale,

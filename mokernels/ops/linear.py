@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import mokernels.numerics as numerics
 import mokernels.ops.quantize  # noqa: F401  (the gradients look its operators up)
-from mokernels import numerics
 from mokernels.formats import MXFP8_BLOCK, NVFP4_BLOCK
 from mokernels.ops.checks import (
     check_bias,

@@ -22,7 +22,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mokernels import numerics
+import mokernels.numerics as numerics
 from mokernels.errors import ArgumentError
 from mokernels.formats import FP8_BLOCK, MXFP8_BLOCK, NVFP4_BLOCK
 from mokernels.ops.checks import (

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mokernels import numerics
+import mokernels.numerics as numerics
 from mokernels.ops.launch.gemm import (
     plan_fp8_gemm,
     plan_mxfp8_decode,
