@@ -104,7 +104,7 @@ def encode_quotient_kernel(x, steps, kept, y, BLOCK: tl.constexpr):
 
 
 def test_encode_e2m1_quotient(device):
-    # 0.5 / (2 - 2**-23) is a quotient that one correction leaves on the wrong side of a tie.
+    # 0.5 / (2 - 2**-23) is a quotient next to a tie that the reciprocal alone gets wrong.
     x = torch.cat([interesting_values()[::9], torch.tensor([0.0, -0.0, 0.5, -0.5])])
     block = 16384
     x = torch.cat([x, x.new_zeros(block - x.numel())]).to(device)

@@ -97,18 +97,18 @@ def encode_e2m1_quotient(x, step, keep):
     """Codes of x / step, the quotient being rounded to fp32 first; 0 where ``keep`` is False.
 
     ``step`` and ``keep`` belong to blocks and broadcast against x. One division for each block and
-    four fused multiply-adds for each element do what a division for each element would: with the
-    rounded reciprocal y, q + (x - q * step) * y is the correctly rounded quotient if q is off by
-    less than one unit in the last place (Markstein, 1990), which the first of two such steps
-    ensures. What overflows on the way becomes NaN and so saturates, as it has to. (A step above
-    2**126 has a subnormal reciprocal; only a block that holds an infinity can have it.)
+    two fused multiply-adds for each element lead to the codes that a division for each element
+    would: x * (1 / step) is corrected by its own remainder, after which no quotient is on the wrong
+    side of a tie between two codes (checked for every mantissa of the step and every fp32 next to a
+    tie in tests/ops/test_quotients.py). What overflows on the way becomes NaN and so saturates, as
+    it has to. A step above 2**126 has a subnormal reciprocal; only a block that holds an infinity
+    can have it.
     """
     y = tl.div_rn(1.0, step)
     # x / inf is 0, but 0 * inf would be NaN.
     divisor = tl.where(step == float("inf"), 0.0, step)
     magnitude = tl.abs(x)
     q = magnitude * y
-    q = tl.fma(tl.fma(-q, divisor, magnitude), y, q)
     q = tl.fma(tl.fma(-q, divisor, magnitude), y, q)
     # tl.minimum drops NaN.
     code = e2m1_of_magnitude(tl.minimum(q, tl.where(keep, 6.0, 0.0)))
