@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 
 from tests.support.compare import assert_same_bits
-from tests.support.interpreter import decode, encode, model_of
+from tests.support.interpreted_dots import model_of
+from tests.support.interpreted_numbers import decode, encode
 
 pytestmark = pytest.mark.usefixtures("interpreted")
 

@@ -7,93 +7,25 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from mokernels import numerics
 from mokernels.formats import NVFP4_BLOCK
 from mokernels.ops.launch import quantize as launch
 from mokernels.ops.quantize_configs import LONGEST_ROW
-from mokernels.ops.target import CUDA_TARGETS, HIP_TARGETS, SM_80, SM_90, Target, target_of
+from mokernels.ops.target import SM_80, SM_90, Target
+from tests.kernels.activations import (
+    all_bf16,
+    assert_same_pair,
+    draws,
+    every_float,
+    every_target,
+    hard_rows,
+    inputs,
+    normal,
+    scalar,
+    targets,
+)
 from tests.support.compare import assert_same_bits
-from tests.support.interpreter import interpreting
-
-FLOATS = [torch.bfloat16, torch.float16, torch.float32]
-every_float = pytest.mark.parametrize("dtype", FLOATS, ids=lambda d: str(d)[6:])
-
-
-def targets() -> list[Target]:
-    """One target of each way through the kernels; on a GPU its own.
-
-    With one processor the tiles are large, of which the interpreter needs fewer.
-    """
-    if not interpreting():
-        return [target_of(torch.device("cuda", 0))] if torch.cuda.is_available() else []
-    ways = {(t.has_fp8_type, t.casts_fp8_once): t for t in (*HIP_TARGETS, *CUDA_TARGETS)}
-    return [replace(target, processors=1) for target in ways.values()]
-
-
-every_target = pytest.mark.parametrize("target", targets(), ids=lambda t: t.name)
-
-
-def all_bf16(rows: int = 64) -> torch.Tensor:
-    """Every bf16 value once, [rows, 65536 / rows], neighbours in one row."""
-    bits = torch.arange(65536, dtype=torch.int32).to(torch.int16)
-    return bits.view(torch.bfloat16).view(rows, -1)
-
-
-def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-def hard_rows() -> torch.Tensor:
-    """Rows [14, 256] that decide the corner cases of every format, fp32."""
-    noise = normal(256, dtype=torch.float32)
-    tie_of_amax = torch.full((256,), 0.25)
-    tie_of_amax[::16], tie_of_amax[1::16] = 6.0, -5.0
-    one_hot = torch.zeros(256)
-    one_hot[37] = -3.0
-    nan, inf = noise.clone(), noise.clone()
-    nan[5], inf[200] = math.nan, -math.inf
-    infinities = torch.where(noise > 0, math.inf, -math.inf)
-    return torch.stack(
-        [
-            torch.zeros(256),
-            -torch.zeros(256),
-            torch.full((256,), 2.0**-24),
-            torch.full((256,), 2.0**-24 * (1 + 2**-7)),
-            torch.full((256,), 1.5e-45),
-            noise * 1e-38,
-            noise * 1e38,
-            torch.full((256,), 3.3e38),
-            tie_of_amax,
-            one_hot,
-            nan,
-            inf,
-            infinities,
-            torch.full((256,), math.nan),
-        ]
-    )
-
-
-def inputs(dtype: torch.dtype) -> list[torch.Tensor]:
-    """What every quantizer has to get right; K a multiple of 32."""
-    return [
-        all_bf16().to(dtype),
-        all_bf16().T.contiguous().to(dtype),
-        normal(37, 416, dtype=dtype),
-        hard_rows().to(dtype),
-    ]
-
-
-def scalar(value: float, device: torch.device) -> torch.Tensor:
-    return torch.tensor(value, dtype=torch.float32, device=device)
-
-
-def assert_same_pair(result, expected) -> None:
-    for name, one, other in zip(("codes", "scales"), result, expected, strict=True):
-        assert one.is_contiguous(), f"the {name} are not contiguous"
-        assert_same_bits(one, other.contiguous())
 
 
 def check_quantize_fp8(x: torch.Tensor, scale: torch.Tensor, target: Target) -> None:
@@ -242,59 +174,6 @@ def test_fake_quantize_mxfp8(device, target):
         assert_same_bits(launch.fake_quantize_mxfp8(x, target=target), expected)
 
 
-def all_codes(rows: int, k: int, device: torch.device) -> torch.Tensor:
-    """Bytes [rows, k] that hold every code."""
-    return (
-        (torch.arange(rows * k, dtype=torch.int32) % 256).to(torch.uint8).view(rows, k).to(device)
-    )
-
-
-@every_target
-@pytest.mark.parametrize("out_dtype", ["bfloat16", "float16", "float32"])
-@pytest.mark.parametrize("granularity", ["tensor", "one", "token", "block", "square"])
-def test_dequantize_fp8(device, target, out_dtype, granularity):
-    codes = all_codes(200, 300, device).view(torch.float8_e4m3fn)
-    shapes = {"tensor": (), "one": (1,), "token": (200,), "block": (200, 3), "square": (2, 3)}
-    scale = normal(*shapes[granularity], seed=3, dtype=torch.float32).to(device)
-    result = launch.dequantize_fp8(codes, scale, out_dtype, target=target)
-    expected = numerics.dequantize_fp8(codes, scale, getattr(torch, out_dtype))
-    assert_same_bits(result, expected)
-
-
-def test_dequantize_fp8_keeps_leading_dimensions(device):
-    codes = all_codes(6, 256, device).view(torch.float8_e4m3fn).view(2, 3, 256)
-    for shape in ((), (2, 3), (2, 3, 2)):
-        scale = normal(*shape, seed=4, dtype=torch.float32).to(device)
-        for name in ("dequantize_fp8", "dequantize_fp8_per_token", "dequantize_fp8_per_block"):
-            result = getattr(launch, name)(codes, scale, target=targets()[0])
-            assert_same_bits(result, numerics.dequantize_fp8(codes, scale, torch.bfloat16))
-    row = codes[0, 0]
-    scale = normal(2, seed=5, dtype=torch.float32).to(device)
-    result = launch.dequantize_fp8(row, scale, "float32", target=targets()[0])
-    assert_same_bits(result, numerics.dequantize_fp8(row, scale))
-
-
-@every_target
-@pytest.mark.parametrize("out_dtype", ["bfloat16", "float16", "float32"])
-def test_dequantize_nvfp4(device, target, out_dtype):
-    codes = all_codes(64, 48, device)
-    scale = all_codes(64, 6, device).view(torch.float8_e4m3fn)
-    g = scalar(0.0123, device)
-    result = launch.dequantize_nvfp4(codes, scale, g, out_dtype, target=target)
-    expected = numerics.dequantize_nvfp4(codes, scale, g, getattr(torch, out_dtype))
-    assert_same_bits(result, expected)
-
-
-@every_target
-@pytest.mark.parametrize("out_dtype", ["bfloat16", "float16", "float32"])
-def test_dequantize_mxfp8(device, target, out_dtype):
-    codes = all_codes(256, 64, device).view(torch.float8_e4m3fn)
-    exponents = all_codes(2, 256, device).view(256, 2)
-    result = launch.dequantize_mxfp8(codes, exponents, out_dtype, target=target)
-    expected = numerics.dequantize_mxfp8(codes, exponents, getattr(torch, out_dtype))
-    assert_same_bits(result, expected)
-
-
 @pytest.mark.parametrize("shape", [(0, 64), (3, 0), (2, 0, 64), (0,), (64,), (1, 1, 64)])
 def test_empty_and_one_dimensional_inputs(device, shape):
     x = normal(*shape).to(device)
@@ -349,42 +228,6 @@ def test_launchers_leave_the_input_alone(device):
     assert torch.equal(x, before)
 
 
-@st.composite
-def strided(draw: st.DrawFn, multiple: int) -> torch.Tensor:
-    """A view [..., K] with up to three leading dimensions and drawn strides."""
-    lead = draw(st.lists(st.integers(1, 5), max_size=3))
-    k = multiple * draw(st.integers(1, max(1, 600 // multiple)))
-    steps = [draw(st.sampled_from([1, 1, 2])) for _ in lead]
-    pad = draw(st.sampled_from([0, 0, 1, 16]))
-    dtype = draw(st.sampled_from(FLOATS))
-    scale = 2.0 ** draw(st.integers(-40, 40))
-    wide = normal(
-        *(n * step for n, step in zip(lead, steps, strict=True)),
-        k + pad,
-        seed=draw(st.integers(0, 2**16)),
-        dtype=torch.float32,
-    )
-    view = (wide * scale).to(dtype)[(*(slice(None, None, step) for step in steps),)][..., :k]
-    kind = draw(st.sampled_from(["plain", "plain", "swapped", "broadcast", "columns"]))
-    if kind == "swapped" and view.dim() > 2:
-        view = view.transpose(0, 1)
-    elif kind == "broadcast" and view.dim() > 1:
-        view = view[:1].expand(view.shape)
-    elif kind == "columns":
-        view = view.mT.contiguous().mT if view.dim() > 1 else view
-    return view
-
-
-def draws(multiple: int):
-    def decorate(test):
-        return settings(max_examples=40)(given(data=strided(multiple), g=global_scales)(test))
-
-    return decorate
-
-
-global_scales = st.floats(2.0**-20, 30, width=32)
-
-
 @draws(multiple=1)
 def test_fp8_of_any_shape_and_strides(device, data, g):
     x, target = data.to(device), targets()[-1]
@@ -413,14 +256,6 @@ def test_mxfp8_of_any_shape_and_strides(device, data, g):
     assert_same_pair((codes, exponents), numerics.quantize_mxfp8(x))
     values = launch.dequantize_mxfp8(codes, exponents, "float32", target=target)
     assert_same_bits(values, numerics.dequantize_mxfp8(codes, exponents))
-
-
-@draws(multiple=16)
-def test_dequantize_takes_any_strides(device, data, g):
-    codes = data.to(device).to(torch.float8_e4m3fn)
-    expected = numerics.dequantize_fp8(codes.contiguous(), scalar(g, device), torch.bfloat16)
-    result = launch.dequantize_fp8(codes, scalar(g, device), target=targets()[0])
-    assert_same_bits(result, expected)
 
 
 def test_rows_are_found_without_a_copy(device):

@@ -37,26 +37,14 @@ This patches private names. ``install`` fails with a list of what a new Triton n
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import torch
 
-MODEL_OF_ASSEMBLY: dict[str, Callable[..., Sequence[np.ndarray]]] = {}
-"""Emulations of inline assembly by its text (white space normalised)."""
+from tests.support.interpreted_dots import create_dot, create_dot_scaled, create_inline_asm
+from tests.support.interpreted_numbers import FP8, KEPT_AS_BITS, encode, name_of, values_of
 
-_TORCH_DTYPES = {
-    "fp8e4nv": torch.float8_e4m3fn,
-    "fp8e5": torch.float8_e5m2,
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-    "fp32": torch.float32,
-}
-_FP8 = ("fp8e4nv", "fp8e5", "fp8e4b8", "fp8e5b16", "fp8e4b15")
-_KEPT_AS_BITS = ("bf16", *_FP8)
-_BIT_DTYPES = {1: (torch.uint8, np.uint8), 2: (torch.int16, np.uint16), 4: (torch.int32, np.uint32)}
-_E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
 _PATCHED_METHODS = (
     "binary_op",
     "cast_impl",
@@ -102,55 +90,6 @@ def install() -> None:
     _repair_dot_scaled_of_3_6()
 
 
-def model_of(assembly: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorator: the function computes what this inline assembly does, on numpy arrays.
-
-    It takes the operands as the interpreter keeps them (bf16 and fp8 as bits) and returns a tuple
-    of outputs. It is a model made by hand: it shows that a kernel is wired correctly, not what a
-    GPU computes.
-    """
-
-    def register(function: Callable[..., Any]) -> Callable[..., Any]:
-        MODEL_OF_ASSEMBLY[_normalised(assembly)] = function
-        return function
-
-    return register
-
-
-def decode(bits: np.ndarray, name: str) -> np.ndarray:
-    """Bits of Triton's float type ``name`` (uint8 or uint16, any shape) to fp32 values; exact."""
-    if name == "bf16":
-        words = np.asarray(bits).view(np.uint16).astype(np.uint32) << np.uint32(16)
-        return words.view(np.float32)
-    codes = torch.arange(256, dtype=torch.int32).to(torch.uint8)
-    values = codes.view(_torch_dtype(name)).float().numpy()
-    return values[np.asarray(bits).view(np.uint8)]
-
-
-def encode(values: np.ndarray, name: str, towards_zero: bool = False) -> np.ndarray:
-    """Round fp32 (or fp16) values of any shape to Triton's float type ``name``, as its bits.
-
-    To nearest with ties to even, or towards zero. The fp8 types saturate, infinities included, as
-    ``cvt.satfinite`` does; the clamp is explicit since not every torch saturates.
-    """
-    dtype = _torch_dtype(name)
-    exact = torch.from_numpy(np.array(values, dtype=np.float32).reshape(-1))
-    limit = torch.finfo(dtype).max
-    rounded = (exact.clamp(-limit, limit) if name in _FP8 else exact).to(dtype)
-    torch_bits, numpy_bits = _BIT_DTYPES[dtype.itemsize]
-    bits = rounded.view(torch_bits).clone()
-    if towards_zero:
-        # Magnitudes are ordered as their bits are: one less is the next value towards zero.
-        bits -= (rounded.float().abs() > exact.abs()).to(bits.dtype)
-    return bits.numpy().view(numpy_bits).reshape(np.shape(values))
-
-
-def _torch_dtype(name: str) -> torch.dtype:
-    if name not in _TORCH_DTYPES:
-        raise NotImplementedError(f"the repaired interpreter does not model the type {name}")
-    return _TORCH_DTYPES[name]
-
-
 def _require(interpreter: Any) -> None:
     missing = [m for m in _PATCHED_METHODS if not hasattr(interpreter.InterpreterBuilder, m)]
     names = (
@@ -172,16 +111,6 @@ def _require(interpreter: Any) -> None:
         )
 
 
-def _name(handle: Any) -> str:
-    return handle.get_element_ty().name if handle.dtype.is_ptr() else handle.dtype.scalar.name
-
-
-def _values(handle: Any) -> np.ndarray:
-    """What a handle stands for, as numbers: bits are decoded to fp32, the rest is as it is."""
-    name = _name(handle)
-    return decode(handle.data, name) if name in _KEPT_AS_BITS else handle.data
-
-
 def _repair_builder(builder: Any) -> None:
     from triton.runtime import interpreter
 
@@ -189,10 +118,10 @@ def _repair_builder(builder: Any) -> None:
         setattr(builder, method, _on_values(getattr(builder, method)))
     builder.cast_impl = _cast_impl(builder.cast_impl)
     builder.create_fp_to_fp = _create_fp_to_fp
-    builder.create_dot = _create_dot(builder.create_dot)
-    builder.create_dot_scaled = _create_dot_scaled
+    builder.create_dot = create_dot(builder.create_dot)
+    builder.create_dot_scaled = create_dot_scaled
     builder.create_fma = _create_fma
-    builder.create_inline_asm = _create_inline_asm
+    builder.create_inline_asm = create_inline_asm
     builder.create_maxnumf = lambda self, a, b: self.binary_op(a, b, np.fmax)
     builder.create_minnumf = lambda self, a, b: self.binary_op(a, b, np.fmin)
     builder.create_clampf = _create_clampf
@@ -214,13 +143,13 @@ def _on_values(method: Callable[..., Any]) -> Callable[..., Any]:
 
     def fixed(self: Any, *arguments: Any) -> Any:
         handles = [a for a in arguments if isinstance(a, TensorHandle)]
-        names = {_name(h) for h in handles if h.data.dtype != np.bool_ and not h.dtype.is_ptr()}
-        if arguments[-1] is np.where or names.isdisjoint(_KEPT_AS_BITS):
+        names = {name_of(h) for h in handles if h.data.dtype != np.bool_ and not h.dtype.is_ptr()}
+        if arguments[-1] is np.where or names.isdisjoint(KEPT_AS_BITS):
             return method(self, *arguments)
-        if not names.isdisjoint(_FP8):
+        if not names.isdisjoint(FP8):
             raise TypeError(f"no arithmetic on {sorted(names)}: cast to tl.float32 first")
         operands = [
-            TensorHandle(_values(a), tl.float32) if isinstance(a, TensorHandle) else a
+            TensorHandle(values_of(a), tl.float32) if isinstance(a, TensorHandle) else a
             for a in arguments
         ]
         result = method(self, *operands).data
@@ -234,21 +163,21 @@ def _on_values(method: Callable[..., Any]) -> Callable[..., Any]:
 def _cast(source: Any, target: Any, towards_zero: bool = False) -> Any:
     from triton.runtime.interpreter import TensorHandle
 
-    if _name(source) == "fp64" and target.name != "fp64":
+    if name_of(source) == "fp64" and target.name != "fp64":
         raise NotImplementedError("casts from fp64 round twice here: cast to tl.float32 first")
-    values = _values(source)
+    values = values_of(source)
     if target.name == "fp64" or not target.is_floating():
         wanted = np.float64 if target.is_floating() else getattr(np, target.name, np.bool_)
         return TensorHandle(values.astype(wanted), target)
     bits = encode(values.astype(np.float32), target.name, towards_zero)
-    if target.name in _KEPT_AS_BITS:
+    if target.name in KEPT_AS_BITS:
         return TensorHandle(bits, target)
     return TensorHandle(bits.view({"fp16": np.float16, "fp32": np.float32}[target.name]), target)
 
 
 def _cast_impl(stock: Callable[..., Any]) -> Callable[..., Any]:
     def fixed(self: Any, source: Any, target: Any) -> Any:
-        if {_name(source), target.scalar.name}.isdisjoint(_KEPT_AS_BITS):
+        if {name_of(source), target.scalar.name}.isdisjoint(KEPT_AS_BITS):
             return stock(self, source, target)
         return _cast(source, target.scalar)
 
@@ -289,100 +218,13 @@ def _create_fma(self: Any, x: Any, y: Any, z: Any) -> Any:
     )
 
 
-def _create_dot(stock: Callable[..., Any]) -> Callable[..., Any]:
-    from triton.runtime.interpreter import TensorHandle
-
-    def fixed(self: Any, a: Any, b: Any, acc: Any, *options: Any) -> Any:
-        if not {_name(a), _name(b)} <= set(_TORCH_DTYPES):
-            return stock(self, a, b, acc, *options)
-        product = np.matmul(_values(a).astype(np.float32), _values(b).astype(np.float32))
-        return TensorHandle((product + acc.data).astype(acc.data.dtype), acc.dtype.scalar)
-
-    return fixed
-
-
-def _create_dot_scaled(
-    self: Any,
-    a: Any,
-    a_scale: Any,
-    a_format: Any,
-    b: Any,
-    b_scale: Any,
-    b_format: Any,
-    fast_math: bool,
-    a_packed_along_k: bool,
-    b_packed_along_k: bool,
-    acc: Any,
-) -> Any:
-    """[M, K] by [K, N]; the scales are [M, K / group] and [N, K / group]."""
-    from triton.runtime.interpreter import TensorHandle
-
-    lhs = _scaled(a, a_format, -1 if a_packed_along_k else -2, a_scale)
-    packed_axis = -2 if b_packed_along_k else -1
-    rhs = _scaled(b, b_format, packed_axis, b_scale, transposed=True)
-    total = np.matmul(lhs, rhs) + acc.data
-    return TensorHandle(total.astype(np.float32), acc.dtype.scalar)
-
-
-def _scaled(
-    operand: Any, element: Any, packed_axis: int, scale: Any, transposed: bool = False
-) -> np.ndarray:
-    from triton._C.libtriton import ir
-
-    if element == ir.ScaleDotElemTypeTY.E2M1:
-        values = _unpacked_e2m1(operand.data, packed_axis)
-    else:
-        values = _values(operand).astype(np.float32)
-    if scale is None:
-        return values
-    factors = _values(scale) if _name(scale) in _FP8 else _powers_of_two(scale.data)
-    k_axis = -2 if transposed else -1
-    factors = np.repeat(factors, values.shape[k_axis] // factors.shape[-1], axis=-1)
-    return values * (np.swapaxes(factors, -1, -2) if transposed else factors)
-
-
-def _unpacked_e2m1(packed: np.ndarray, axis: int) -> np.ndarray:
-    codes = np.moveaxis(packed.view(np.uint8), axis, -1)
-    codes = np.stack([codes & 15, codes >> 4], axis=-1).reshape(*codes.shape[:-1], -1)
-    values = np.where(codes & 8, -_E2M1[codes & 7], _E2M1[codes & 7])
-    return np.moveaxis(values, -1, axis)
-
-
-def _powers_of_two(exponents: np.ndarray) -> np.ndarray:
-    exponents = exponents.view(np.uint8)
-    powers = np.ldexp(np.float32(1), exponents.astype(np.int32) - 127)
-    return np.where(exponents == 255, np.float32("nan"), powers)
-
-
-def _create_inline_asm(
-    self: Any, assembly: str, constraints: str, operands: Any, types: Any, pure: bool, pack: int
-) -> Any:
-    from triton.runtime.interpreter import TensorHandle
-
-    model = MODEL_OF_ASSEMBLY.get(_normalised(assembly))
-    if model is None:
-        raise NotImplementedError(f"no model of the inline assembly: {_normalised(assembly)}")
-    results = model(*(operand.data for operand in operands))
-    handles = [TensorHandle(np.asarray(r), t.scalar) for r, t in zip(results, types, strict=True)]
-
-    class Call:
-        def get_result(self, index: int) -> Any:
-            return handles[index]
-
-    return Call()
-
-
-def _normalised(assembly: str) -> str:
-    return " ".join(str(assembly).split())
-
-
 def _repair_reductions(interface: Any) -> None:
     stock = interface.check_tensor
 
     def fixed(self: Any, tensors: Any) -> None:
         stock(self, tensors)
         for tensor in tensors:
-            if tensor.dtype.scalar.name in _KEPT_AS_BITS:
+            if tensor.dtype.scalar.name in KEPT_AS_BITS:
                 raise TypeError(
                     f"reductions of {tensor.dtype} depend on the order of addition: cast to "
                     "tl.float32 first"
