@@ -22,6 +22,11 @@ def out_dtype_of(op: str, name: str) -> torch.dtype:
     return dtype
 
 
+def dtype_or(op: str, name: str | None, default: torch.dtype) -> torch.dtype:
+    """The dtype called ``name``, or the default if there is none."""
+    return default if name is None else out_dtype_of(op, name)
+
+
 def check_float(op: str, name: str, x: Tensor) -> None:
     """``x`` is a bf16, fp16 or fp32 tensor with at least one dimension."""
     if x.dtype not in FLOAT_DTYPES or x.dim() == 0:
@@ -115,13 +120,18 @@ def check_activation_scale(op: str, scale: Tensor, a: Tensor) -> None:
 def check_nvfp4_weight(
     op: str, x: Tensor, k: int, weight: Tensor, scale: Tensor, global_scale: Tensor
 ) -> None:
-    """An NVFP4 weight: uint8 [N, K / 2], block scales e4m3 [N, K / 16], one global scale."""
+    """An NVFP4 weight: uint8 [N, K / 2], block scales e4m3 [N, K / 16], global scale [] or [N]."""
     check_dtype(op, "the weight", weight, torch.uint8)
     check_inner(op, x, weight, k, weight.shape[-1] * 2)
     check_multiple(op, "the weight", weight, NVFP4_BLOCK, per_item=2)
     shape = (weight.shape[0], k // NVFP4_BLOCK)
     check_shape(op, "the weight's block scale", scale, torch.float8_e4m3fn, shape)
-    check_scalar(op, "the weight's global scale", global_scale)
+    check_dtype(op, "the weight's global scale", global_scale, torch.float32)
+    if tuple(global_scale.shape) not in ((), (1,), (weight.shape[0],)):
+        raise ArgumentError(
+            f"mokernels::{op}: the weight's global scale is {describe(global_scale)}, wanted [], "
+            f"or [{weight.shape[0]}] where rows of several weights stand in one."
+        )
 
 
 def check_mxfp8_weight(op: str, x: Tensor, weight: Tensor, scale: Tensor) -> None:

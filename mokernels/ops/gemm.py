@@ -11,14 +11,17 @@ operator                operands
 fp8_gemm                e4m3 [..., K] x e4m3 [N, K]; scale_a [] | [...] | [..., ceil(K/128)];
                         scale_b [] | [N] | [ceil(N/128), ceil(K/128)], all fp32
 nvfp4_gemm              uint8 [..., K/2] x uint8 [N, K/2]; block scales e4m3 [..., K/16];
-                        global scales fp32 []
+                        global_scale_a fp32 [], global_scale_b fp32 [] | [N]
 mxfp8_gemm              e4m3 [..., K] x e4m3 [N, K]; exponents uint8 [..., K/32]
 fp8_weight_only_gemm    float [..., K] x e4m3 [N, K]; scale_b as for fp8_gemm
 nvfp4_weight_only_gemm  float [..., K] x uint8 [N, K/2]
 mxfp8_weight_only_gemm  float [..., K] x e4m3 [N, K]
 ======================  ============================================================================
 
-The weight-only operators return the dtype of their activations; the others take ``out_dtype``.
+Where ``out_dtype`` may be None, which it is by default, that means the dtype of the activations.
+``global_scale_a`` of nvfp4_weight_only_gemm multiplies the sums: its x may be what
+quantize_nvfp4_to_bf16 returned. A global scale [N] belongs to weights that were made one, of which
+every member brings its own.
 ``fast_accum`` lets the tensor cores of Hopper keep their own reduced-precision accumulator for the
 whole of K instead of promoting it to fp32 every 128 products; elsewhere it changes nothing.
 """
@@ -42,6 +45,7 @@ from mokernels.ops.checks import (
     check_nvfp4_weight,
     check_scalar,
     check_shape,
+    dtype_or,
     out_dtype_of,
 )
 from mokernels.ops.registry import register
@@ -113,8 +117,13 @@ def _nvfp4_gemm(
     plan_n: int = 0,
 ) -> Tensor:
     x = numerics.dequantize_nvfp4(a, scale_a, global_scale_a.reshape(()))
-    weight = numerics.dequantize_nvfp4(b, scale_b, global_scale_b.reshape(()))
+    weight = dequantize_nvfp4_rows(b, scale_b, global_scale_b)
     return numerics.scaled_product(x, weight, bias, out_dtype_of("nvfp4_gemm", out_dtype))
+
+
+def dequantize_nvfp4_rows(codes: Tensor, scale: Tensor, global_scale: Tensor) -> Tensor:
+    """An NVFP4 weight, fp32 [N, K], with one global scale ([] or [1]) or one for each row ([N])."""
+    return numerics.dequantize_nvfp4(codes, scale, global_scale.reshape(-1, 1))
 
 
 def _check_mxfp8_gemm(
@@ -170,11 +179,16 @@ def _check_nvfp4_weight_only(
     global_scale_b: Tensor,
     bias: Tensor | None = None,
     plan_n: int = 0,
+    global_scale_a: Tensor | None = None,
+    out_dtype: str | None = None,
 ) -> None:
     op = "nvfp4_weight_only_gemm"
     check_float(op, "x", x)
+    dtype_or(op, out_dtype, x.dtype)
     check_nvfp4_weight(op, x, x.shape[-1], b, scale_b, global_scale_b)
     check_bias(op, bias, b.shape[0])
+    if global_scale_a is not None:
+        check_scalar(op, "global_scale_a", global_scale_a)
 
 
 def _nvfp4_weight_only_gemm(
@@ -184,36 +198,50 @@ def _nvfp4_weight_only_gemm(
     global_scale_b: Tensor,
     bias: Tensor | None = None,
     plan_n: int = 0,
+    global_scale_a: Tensor | None = None,
+    out_dtype: str | None = None,
 ) -> Tensor:
-    weight = numerics.dequantize_nvfp4(b, scale_b, global_scale_b.reshape(()))
-    return numerics.scaled_product(x.float(), weight, bias, x.dtype)
+    dtype = dtype_or("nvfp4_weight_only_gemm", out_dtype, x.dtype)
+    weight = dequantize_nvfp4_rows(b, scale_b, global_scale_b)
+    return numerics.scaled_product(x.float(), weight, bias, dtype, global_scale_a)
 
 
 def _check_mxfp8_weight_only(
-    x: Tensor, b: Tensor, scale_b: Tensor, bias: Tensor | None = None, plan_n: int = 0
+    x: Tensor,
+    b: Tensor,
+    scale_b: Tensor,
+    bias: Tensor | None = None,
+    plan_n: int = 0,
+    out_dtype: str | None = None,
 ) -> None:
     check_float("mxfp8_weight_only_gemm", "x", x)
+    dtype_or("mxfp8_weight_only_gemm", out_dtype, x.dtype)
     check_mxfp8_weight("mxfp8_weight_only_gemm", x, b, scale_b)
     check_bias("mxfp8_weight_only_gemm", bias, b.shape[0])
 
 
 def _mxfp8_weight_only_gemm(
-    x: Tensor, b: Tensor, scale_b: Tensor, bias: Tensor | None = None, plan_n: int = 0
+    x: Tensor,
+    b: Tensor,
+    scale_b: Tensor,
+    bias: Tensor | None = None,
+    plan_n: int = 0,
+    out_dtype: str | None = None,
 ) -> Tensor:
-    weight = numerics.dequantize_mxfp8(b, scale_b)
-    return numerics.scaled_product(x.float(), weight, bias, x.dtype)
+    dtype = dtype_or("mxfp8_weight_only_gemm", out_dtype, x.dtype)
+    return numerics.scaled_product(x.float(), numerics.dequantize_mxfp8(b, scale_b), bias, dtype)
 
 
 def fake_product(x: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """[..., N] in the dtype of x: every linear and weight-only operator."""
+    """[..., N] in the dtype of x: every linear operator, and fp8_weight_only_gemm."""
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
-def _fake_gemm(out_dtype_position: int) -> Any:
+def _fake_gemm(out_dtype_position: int, default: str | None = "bfloat16") -> Any:
     def fake(a: Tensor, b: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         given = args[out_dtype_position - 2 : out_dtype_position - 1]
-        name = given[0] if given else kwargs.get("out_dtype", "bfloat16")
-        return a.new_empty((*a.shape[:-1], b.shape[0]), dtype=out_dtype_of("gemm", name))
+        name = given[0] if given else kwargs.get("out_dtype", default)
+        return a.new_empty((*a.shape[:-1], b.shape[0]), dtype=dtype_or("gemm", name, a.dtype))
 
     return fake
 
@@ -249,15 +277,15 @@ register(
 )
 register(
     "nvfp4_weight_only_gemm(Tensor x, Tensor b, Tensor scale_b, Tensor global_scale_b, "
-    "Tensor? bias=None, int plan_n=0) -> Tensor",
+    "Tensor? bias=None, int plan_n=0, Tensor? global_scale_a=None, str? out_dtype=None) -> Tensor",
     check=_check_nvfp4_weight_only,
     reference=_nvfp4_weight_only_gemm,
-    fake=fake_product,
+    fake=_fake_gemm(out_dtype_position=7, default=None),
 )
 register(
-    "mxfp8_weight_only_gemm(Tensor x, Tensor b, Tensor scale_b, Tensor? bias=None, int plan_n=0)"
-    " -> Tensor",
+    "mxfp8_weight_only_gemm(Tensor x, Tensor b, Tensor scale_b, Tensor? bias=None, int plan_n=0, "
+    "str? out_dtype=None) -> Tensor",
     check=_check_mxfp8_weight_only,
     reference=_mxfp8_weight_only_gemm,
-    fake=fake_product,
+    fake=_fake_gemm(out_dtype_position=5, default=None),
 )

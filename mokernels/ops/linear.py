@@ -8,7 +8,7 @@ operator              activations                        weight [N, K]
 fp8_linear            E4M3, static ``input_scale``       E4M3, scale [], [N] or 128x128 blocks
 fp8_per_token_linear  E4M3, one scale per token          E4M3, scale [], [N] or 128x128 blocks
 fp8_block_linear      E4M3, one scale per 1x128 block    E4M3, scale [], [N] or 128x128 blocks
-nvfp4_linear          NVFP4, static global scale         NVFP4
+nvfp4_linear          NVFP4, static global scale         NVFP4, global scale [] or [N]
 mxfp8_linear          MXFP8                              MXFP8
 ====================  =================================  ======================================
 
@@ -35,7 +35,7 @@ from mokernels.ops.checks import (
     check_nvfp4_weight,
     check_scalar,
 )
-from mokernels.ops.gemm import fake_product
+from mokernels.ops.gemm import dequantize_nvfp4_rows, fake_product
 from mokernels.ops.registry import LIBRARY, NAMESPACE, operator, register
 
 
@@ -144,7 +144,7 @@ def _nvfp4_linear(
     input_scale = input_scale.reshape(())
     return numerics.scaled_product(
         numerics.dequantize_nvfp4(*numerics.quantize_nvfp4(x, input_scale), input_scale),
-        numerics.dequantize_nvfp4(weight, weight_scale, weight_scale_2.reshape(())),
+        dequantize_nvfp4_rows(weight, weight_scale, weight_scale_2),
         bias,
         x.dtype,
     )
@@ -181,19 +181,24 @@ def _register_gradient(name: str, weight_tensors: tuple[str, ...], dequantize: s
     names = [argument.name for argument in operator(name)._schema.arguments]  # type: ignore[attr-defined]
     weight_positions = [names.index(tensor) for tensor in weight_tensors]
     bias_position = names.index("bias")
+    scale_position = names.index("global_scale_a") if "global_scale_a" in names else None
     dequantize_op = operator(dequantize)
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         # Only the frozen weight is saved: there is no gradient for it, so x is not needed.
-        ctx.save_for_backward(*(inputs[position] for position in weight_positions))
+        scale = None if scale_position is None else inputs[scale_position]
+        ctx.save_for_backward(scale, *(inputs[position] for position in weight_positions))
         bias = inputs[bias_position]
+        ctx.x_dtype = inputs[0].dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
 
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grads: list[Tensor | None] = [None] * len(names)
         if ctx.needs_input_grad[0]:
-            dtype = str(grad.dtype).removeprefix("torch.")
-            grads[0] = grad @ dequantize_op(*ctx.saved_tensors, dtype)
+            scale, *weight = ctx.saved_tensors
+            product = grad @ _dequantized(dequantize_op, weight, grad.dtype)
+            # Not on the gradient of the sums, which in fp16 might vanish.
+            grads[0] = (product if scale is None else product * scale).to(ctx.x_dtype)
         if ctx.bias_dtype is not None and ctx.needs_input_grad[bias_position]:
             rows = grad.reshape(-1, grad.shape[-1])
             grads[bias_position] = rows.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
@@ -202,6 +207,16 @@ def _register_gradient(name: str, weight_tensors: tuple[str, ...], dequantize: s
     torch.library.register_autograd(
         f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=LIBRARY
     )
+
+
+def _dequantized(dequantize_op: Any, weight: list[Tensor], dtype: torch.dtype) -> Tensor:
+    """A weight [N, K] in ``dtype``; the last of the tensors of NVFP4 may be a global scale [N]."""
+    name = str(dtype).removeprefix("torch.")
+    if len(weight) < 3 or weight[-1].numel() == 1:
+        return dequantize_op(*weight, name)  # type: ignore[no-any-return]
+    codes, scale, global_scale = weight
+    values = dequantize_op(codes, scale, global_scale.new_ones(()), "float32")
+    return (values * global_scale.reshape(-1, 1)).to(dtype)
 
 
 _FP8 = "Tensor x, Tensor weight, Tensor weight_scale, "

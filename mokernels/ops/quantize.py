@@ -11,13 +11,22 @@ quantize_fp8_per_token      float8_e4m3fn [..., K]   fp32 [...]                 
 quantize_fp8_per_block      float8_e4m3fn [..., K]   fp32 [..., ceil(K / 128)]        1
 quantize_nvfp4              uint8 [..., K / 2]       float8_e4m3fn [..., K / 16]      16
 quantize_mxfp8              float8_e4m3fn [..., K]   uint8 [..., K / 32] (E8M0)       32
+quantize_nvfp4_to_bf16      values, bf16 [..., K]    in the values, but the global    16
+quantize_mxfp8_to_bf16      values, bf16 [..., K]    in the values                    32
 ==========================  =======================  ===============================  =============
 
 ``quantize_fp8`` takes ``scale`` as a checkpoint stores it (``input_scale``) and multiplies x by
 m = 448 / (448 * scale); a caller that keeps m may pass it as ``multiplier`` and save the division.
+
+The ``*_to_bf16`` quantizers return code * block scale, for GEMMs whose matrix units apply no block
+scales: exact in bf16 (MXFP8: within its normal range), with NVFP4's global scale left to the
+accumulator.
 """
 
 from __future__ import annotations
+
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,16 +43,47 @@ from mokernels.ops.checks import (
     describe,
     out_dtype_of,
 )
-from mokernels.ops.registry import register
+from mokernels.ops.registry import Function, register, schema_of
 
 FP8 = torch.float8_e4m3fn
 
 
-def _check_quantize_fp8(x: Tensor, scale: Tensor, multiplier: Tensor | None = None) -> None:
-    check_float("quantize_fp8", "x", x)
-    check_scalar("quantize_fp8", "scale", scale)
+class Quantizer(NamedTuple):
+    """A way to quantize activations: what ``quantize_<name>`` and the fused operators share.
+
+    Attributes:
+        extra: schema of the arguments after the activations.
+        returns: schema of each result.
+        check: takes the operator's name, the activations' name, the activations and the rest.
+        reference: takes the activations and the rest, on the CPU.
+        fake: the same, for shapes and dtypes only; its results are contiguous.
+    """
+
+    extra: tuple[str, ...]
+    returns: tuple[str, ...]
+    check: Function
+    reference: Function
+    fake: Function
+
+
+def _check_static(
+    op: str, name: str, x: Tensor, scale: Tensor, multiplier: Tensor | None = None
+) -> None:
+    check_float(op, name, x)
+    check_scalar(op, "scale", scale)
     if multiplier is not None:
-        check_scalar("quantize_fp8", "multiplier", multiplier)
+        check_scalar(op, "multiplier", multiplier)
+
+
+def _check_nvfp4(op: str, name: str, x: Tensor, global_scale: Tensor) -> None:
+    check_float(op, name, x)
+    check_multiple(op, name, x, NVFP4_BLOCK)
+    check_scalar(op, "global_scale", global_scale)
+
+
+def _check_mxfp8(op: str, name: str, x: Tensor) -> None:
+    check_float(op, name, x)
+    check_multiple(op, name, x, MXFP8_BLOCK)
 
 
 def _quantize_fp8(x: Tensor, scale: Tensor, multiplier: Tensor | None = None) -> Tensor:
@@ -56,10 +96,6 @@ def _fake_quantize_fp8(x: Tensor, scale: Tensor, multiplier: Tensor | None = Non
     return x.new_empty(x.shape, dtype=FP8)
 
 
-def _check_quantize_fp8_per_token(x: Tensor) -> None:
-    check_float("quantize_fp8_per_token", "x", x)
-
-
 def _quantize_fp8_per_token(x: Tensor) -> tuple[Tensor, Tensor]:
     codes, scale = numerics.quantize_fp8_per_token(x)
     return codes.contiguous(), scale.contiguous()
@@ -67,10 +103,6 @@ def _quantize_fp8_per_token(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def _fake_quantize_fp8_per_token(x: Tensor) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape, dtype=FP8), x.new_empty(x.shape[:-1], dtype=torch.float32)
-
-
-def _check_quantize_fp8_per_block(x: Tensor) -> None:
-    check_float("quantize_fp8_per_block", "x", x)
 
 
 def _quantize_fp8_per_block(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -81,12 +113,6 @@ def _quantize_fp8_per_block(x: Tensor) -> tuple[Tensor, Tensor]:
 def _fake_quantize_fp8_per_block(x: Tensor) -> tuple[Tensor, Tensor]:
     blocks = (*x.shape[:-1], (x.shape[-1] + FP8_BLOCK - 1) // FP8_BLOCK)
     return x.new_empty(x.shape, dtype=FP8), x.new_empty(blocks, dtype=torch.float32)
-
-
-def _check_quantize_nvfp4(x: Tensor, global_scale: Tensor) -> None:
-    check_float("quantize_nvfp4", "x", x)
-    check_multiple("quantize_nvfp4", "x", x, NVFP4_BLOCK)
-    check_scalar("quantize_nvfp4", "global_scale", global_scale)
 
 
 def _quantize_nvfp4(x: Tensor, global_scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -100,11 +126,6 @@ def _fake_quantize_nvfp4(x: Tensor, global_scale: Tensor) -> tuple[Tensor, Tenso
     return codes, x.new_empty((*lead, k // NVFP4_BLOCK), dtype=FP8)
 
 
-def _check_quantize_mxfp8(x: Tensor) -> None:
-    check_float("quantize_mxfp8", "x", x)
-    check_multiple("quantize_mxfp8", "x", x, MXFP8_BLOCK)
-
-
 def _quantize_mxfp8(x: Tensor) -> tuple[Tensor, Tensor]:
     codes, exponents = numerics.quantize_mxfp8(x)
     return codes.contiguous(), exponents.contiguous()
@@ -113,6 +134,42 @@ def _quantize_mxfp8(x: Tensor) -> tuple[Tensor, Tensor]:
 def _fake_quantize_mxfp8(x: Tensor) -> tuple[Tensor, Tensor]:
     exponents = x.new_empty((*x.shape[:-1], x.shape[-1] // MXFP8_BLOCK), dtype=torch.uint8)
     return x.new_empty(x.shape, dtype=FP8), exponents
+
+
+def _quantize_nvfp4_to_bf16(x: Tensor, global_scale: Tensor) -> Tensor:
+    codes, scale = numerics.quantize_nvfp4(x, global_scale.reshape(()))
+    one = torch.ones((), device=x.device)
+    return numerics.dequantize_nvfp4(codes, scale, one, torch.bfloat16).contiguous()
+
+
+def _quantize_mxfp8_to_bf16(x: Tensor) -> Tensor:
+    return numerics.dequantize_mxfp8(*numerics.quantize_mxfp8(x), torch.bfloat16).contiguous()
+
+
+def _fake_quantize_to_bf16(x: Tensor, *extra: Tensor) -> Tensor:
+    return x.new_empty(x.shape, dtype=torch.bfloat16)
+
+
+_STATIC, _GLOBAL = ("Tensor scale", "Tensor? multiplier=None"), ("Tensor global_scale",)
+_ONE, _TWO = ("Tensor",), ("Tensor", "Tensor")
+# The functions by their place: check, reference, fake.
+QUANTIZERS = {
+    "fp8": Quantizer(_STATIC, _ONE, _check_static, _quantize_fp8, _fake_quantize_fp8),
+    "fp8_per_token": Quantizer(
+        (), _TWO, check_float, _quantize_fp8_per_token, _fake_quantize_fp8_per_token
+    ),
+    "fp8_per_block": Quantizer(
+        (), _TWO, check_float, _quantize_fp8_per_block, _fake_quantize_fp8_per_block
+    ),
+    "nvfp4": Quantizer(_GLOBAL, _TWO, _check_nvfp4, _quantize_nvfp4, _fake_quantize_nvfp4),
+    "mxfp8": Quantizer((), _TWO, _check_mxfp8, _quantize_mxfp8, _fake_quantize_mxfp8),
+    "nvfp4_to_bf16": Quantizer(
+        _GLOBAL, _ONE, _check_nvfp4, _quantize_nvfp4_to_bf16, _fake_quantize_to_bf16
+    ),
+    "mxfp8_to_bf16": Quantizer(
+        (), _ONE, _check_mxfp8, _quantize_mxfp8_to_bf16, _fake_quantize_to_bf16
+    ),
+}
 
 
 def _check_dequantize_fp8(codes: Tensor, scale: Tensor, out_dtype: str = "bfloat16") -> None:
@@ -184,36 +241,13 @@ def _fake_dequantize_mxfp8(codes: Tensor, scale: Tensor, out_dtype: str = "bfloa
     return codes.new_empty(codes.shape, dtype=out_dtype_of("dequantize_mxfp8", out_dtype))
 
 
-register(
-    "quantize_fp8(Tensor x, Tensor scale, Tensor? multiplier=None) -> Tensor",
-    check=_check_quantize_fp8,
-    reference=_quantize_fp8,
-    fake=_fake_quantize_fp8,
-)
-register(
-    "quantize_fp8_per_token(Tensor x) -> (Tensor, Tensor)",
-    check=_check_quantize_fp8_per_token,
-    reference=_quantize_fp8_per_token,
-    fake=_fake_quantize_fp8_per_token,
-)
-register(
-    "quantize_fp8_per_block(Tensor x) -> (Tensor, Tensor)",
-    check=_check_quantize_fp8_per_block,
-    reference=_quantize_fp8_per_block,
-    fake=_fake_quantize_fp8_per_block,
-)
-register(
-    "quantize_nvfp4(Tensor x, Tensor global_scale) -> (Tensor, Tensor)",
-    check=_check_quantize_nvfp4,
-    reference=_quantize_nvfp4,
-    fake=_fake_quantize_nvfp4,
-)
-register(
-    "quantize_mxfp8(Tensor x) -> (Tensor, Tensor)",
-    check=_check_quantize_mxfp8,
-    reference=_quantize_mxfp8,
-    fake=_fake_quantize_mxfp8,
-)
+for _name, _quantizer in QUANTIZERS.items():
+    register(
+        schema_of(f"quantize_{_name}", ("Tensor x", *_quantizer.extra), _quantizer.returns),
+        check=partial(_quantizer.check, f"quantize_{_name}", "x"),
+        reference=_quantizer.reference,
+        fake=_quantizer.fake,
+    )
 # One arithmetic, one implementation: the three names match the three quantizers.
 for _name in ("dequantize_fp8", "dequantize_fp8_per_token", "dequantize_fp8_per_block"):
     register(

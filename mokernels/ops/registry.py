@@ -22,6 +22,8 @@ LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 
 Function = Callable[..., Any]
 
+_REFERENCES: dict[str, Function] = {}
+
 
 def register(schema: str, *, check: Function, reference: Function, fake: Function) -> None:
     """Define ``mokernels::<name>``.
@@ -38,16 +40,28 @@ def register(schema: str, *, check: Function, reference: Function, fake: Functio
     """
     name = schema.partition("(")[0]
     LIBRARY.define(schema, tags=TAGS)
+    _REFERENCES[name] = reference
     LIBRARY.impl(name, _checked(check, reference), "CPU")
     for key in TRITON_KEYS:
         LIBRARY.impl(name, _checked(check, _launcher(name)), key)
     torch.library.register_fake(f"{NAMESPACE}::{name}", _checked(check, fake), lib=LIBRARY)
 
 
+def schema_of(name: str, arguments: tuple[str, ...], returns: tuple[str, ...]) -> str:
+    """The schema of an operator, from the schemas of its arguments and of its results."""
+    results = returns[0] if len(returns) == 1 else f"({', '.join(returns)})"
+    return f"{name}({', '.join(arguments)}) -> {results}"
+
+
 def operator(name: str) -> Function:
     """The overload ``torch.ops.mokernels.<name>.default``."""
     overload: Function = getattr(getattr(torch.ops, NAMESPACE), name).default
     return overload
+
+
+def reference_of(name: str) -> Function:
+    """The implementation of ``mokernels::<name>`` in plain torch, for tracing into a graph."""
+    return _REFERENCES[name]
 
 
 def _checked(check: Function, implementation: Function) -> Function:

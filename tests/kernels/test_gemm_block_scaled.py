@@ -98,6 +98,44 @@ def test_mxfp8_weight_only_gemm(device, seed, target, lead, n, k, dtype, bias_dt
     assert_product(y, x.float(), numerics.dequantize_mxfp8(*weight), bias, dtype)
 
 
+@settings(max_examples=12)
+@given(seeds, targets, leads, columns, nvfp4_inner, floats, biases, st.sampled_from([1, 2]))
+def test_one_global_scale_for_each_row_of_an_nvfp4_weight(
+    device, seed, target, lead, n, k, dtype, bias_dtype, step
+):
+    draw = Draw(device, seed)
+    b, scale_b, _ = nvfp4(draw, n, k)
+    a, scale_a, global_a = nvfp4(draw, *lead, k)
+    rows, bias = draw.scale(step * n)[::step], draw.bias(n, bias_dtype)
+    w = numerics.dequantize_nvfp4(b, scale_b, rows[:, None])
+    y = launch.nvfp4_gemm(a, b, scale_a, scale_b, global_a, rows, bias, NAMES[dtype], target=target)
+    x = numerics.dequantize_nvfp4(a, scale_a, global_a)
+    assert_product(y, x, w, bias, dtype)
+    # The same product in two operators: activations without their global scale, which comes last.
+    one = torch.ones((), device=device)
+    values = numerics.dequantize_nvfp4(a, scale_a, one, BF16)
+    tail = (rows, bias, 0, global_a, NAMES[dtype])
+    y = launch.nvfp4_weight_only_gemm(values, b, scale_b, *tail, target=target)
+    assert_product(y, x, w, bias, dtype)
+    # And in one.
+    x = draw.normal(*lead, k, dtype=dtype)
+    y = launch.nvfp4_linear(x, b, scale_b, rows, global_a, bias, target=target)
+    codes = numerics.quantize_nvfp4(x, global_a)
+    assert_product(y, numerics.dequantize_nvfp4(*codes, global_a), w, bias, dtype)
+
+
+@settings(max_examples=8)
+@given(seeds, targets, leads, mxfp8_inner, floats, floats)
+def test_mxfp8_weight_only_gemm_returns_the_dtype_that_is_asked_for(
+    device, seed, target, lead, k, dtype, out_dtype
+):
+    draw = Draw(device, seed)
+    x, weight = draw.normal(*lead, k, dtype=dtype), mxfp8(draw, 7, k)
+    tail = (None, 0, NAMES[out_dtype])
+    y = launch.mxfp8_weight_only_gemm(x, *weight, *tail, target=target)
+    assert_product(y, x.float(), numerics.dequantize_mxfp8(*weight), None, out_dtype)
+
+
 @every_target
 @pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=lambda dtype: NAMES[dtype])
 def test_every_nvfp4_weight_is_decoded_exactly(device, target, dtype):

@@ -162,8 +162,10 @@ def test_fake_quantize_nvfp4_is_exact(device, target, dtype):
         expected = expected_fake_nvfp4(x, g)
         finite = expected[expected.isfinite()]
         assert torch.equal(finite.to(dtype).float(), finite)
-        result = launch.fake_quantize_nvfp4(x, g, dtype, target=target)
+        result, (planned,) = launch.plan_fake_quantize_nvfp4(x, g, dtype, target=target)
+        planned.run()
         assert_same_bits(result, expected.to(dtype))
+    assert_same_bits(launch.quantize_nvfp4_to_bf16(x, g, target=target), expected.bfloat16())
 
 
 @every_target
@@ -171,7 +173,7 @@ def test_fake_quantize_mxfp8(device, target):
     for x in inputs(torch.bfloat16):
         x = x.to(device)
         expected = numerics.dequantize_mxfp8(*numerics.quantize_mxfp8(x), torch.bfloat16)
-        assert_same_bits(launch.fake_quantize_mxfp8(x, target=target), expected)
+        assert_same_bits(launch.quantize_mxfp8_to_bf16(x, target=target), expected)
 
 
 @pytest.mark.parametrize("shape", [(0, 64), (3, 0), (2, 0, 64), (0,), (64,), (1, 1, 64)])

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 import mokernels  # noqa: F401  (registers the operators)
 from mokernels import numerics
 from mokernels.errors import ArgumentError
+from tests.support.compare import assert_same_bits
 
 OPS = torch.ops.mokernels
 FP8 = torch.float8_e4m3fn
@@ -59,22 +60,32 @@ def cases(k=96, n=40, lead=(2, 3), dtype=torch.bfloat16):
     x4, xm = deq4(fp4, fp4_scale, g), numerics.dequantize_mxfp8(mx, mx_scale)
     tensor, channel, blocks = deq(w, s), deq(wc, sc), deq(wb, sb)
     nvfp4, mxfp8 = deq4(w4, s4, g4), numerics.dequantize_mxfp8(wm, sm)
+    # Three weights in one, each with its own global scale.
+    rows4 = g4 * torch.tensor([0.5, 1.0, 3.0]).repeat_interleave(-(-n // 3))[:n]
+    fused = torch.stack([deq4(w4[i], s4[i], rows4[i]) for i in range(n)])
+    half = g.reshape(1) * 100
     rows = {
         "fp8_gemm": ((static, w, divisor, s, bias, name), xs, tensor),
         "fp8_gemm/token": ((token, wc, token_scale, sc, bias, name), xt, channel),
         "fp8_gemm/block": ((block, wb, block_scale, sb, bias, name), xb, blocks),
         "fp8_gemm/mixed": ((token, wb, token_scale, sb, bias, name), xt, blocks),
         "nvfp4_gemm": ((fp4, w4, fp4_scale, s4, g, g4, bias, name), x4, nvfp4),
+        "nvfp4_gemm/rows": ((fp4, w4, fp4_scale, s4, g, rows4, bias, name), x4, fused),
         "mxfp8_gemm": ((mx, wm, mx_scale, sm, bias, name), xm, mxfp8),
         "fp8_weight_only_gemm": ((x, wb, sb, bias), x.float(), blocks),
         "nvfp4_weight_only_gemm": ((x, w4, s4, g4, bias), x.float(), nvfp4),
+        "nvfp4_weight_only_gemm/rows": ((x, w4, s4, rows4, bias), x.float(), fused),
+        "nvfp4_weight_only_gemm/scaled": (
+            (x, w4, s4, rows4, bias, 0, half), x.float(), half * fused,
+        ),
         "mxfp8_weight_only_gemm": ((x, wm, sm, bias), x.float(), mxfp8),
         "fp8_linear": ((x, w, s, input_scale, bias), xs, tensor),
         "fp8_per_token_linear": ((x, wc, sc, bias), xt, channel),
         "fp8_block_linear": ((x, wb, sb, bias), xb, blocks),
         "nvfp4_linear": ((x, w4, s4, g4, g, bias), x4, nvfp4),
+        "nvfp4_linear/rows": ((x, w4, s4, rows4, g, bias), x4, fused),
         "mxfp8_linear": ((x, wm, sm, bias), xm, mxfp8),
-    }
+    }  # fmt: skip
     return {
         key: Case(args, x_, w_, bias, next(i for i, a in enumerate(args) if a is bias))
         for key, (args, x_, w_) in rows.items()
@@ -82,7 +93,7 @@ def cases(k=96, n=40, lead=(2, 3), dtype=torch.bfloat16):
 
 
 PRODUCTS = list(cases())
-LINEAR = [n for n in PRODUCTS if n.endswith("linear") or "weight_only" in n]
+LINEAR = [n for n in PRODUCTS if "linear" in n or "weight_only" in n]
 
 
 def call(name, args, **kwargs):
@@ -146,7 +157,7 @@ def test_gradients_pass_through_the_frozen_weight(name):
     torch.manual_seed(3)
     args, _, weight, bias, position = cases(lead=(2, 5), dtype=torch.float32)[name]
     x, bias = args[0].clone().requires_grad_(), bias.clone().requires_grad_()
-    y = call(name, (x, *args[1:position], bias))
+    y = call(name, (x, *args[1:position], bias, *args[position + 1 :]))
     grad = torch.randn_like(y)
     y.backward(grad)
     assert torch.allclose(x.grad, grad @ weight, rtol=1e-5, atol=1e-5)
@@ -212,6 +223,52 @@ def test_fp8_takes_any_shape(m, n, k):
         assert torch.equal(y, z)
 
 
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("lead", [(), (0,), (3,), (2, 2)], ids=str)
+def test_values_in_bf16_are_exact_but_for_the_global_scale(lead, dtype):
+    torch.manual_seed(7)
+    x, g = torch.randn(*lead, 160).to(dtype), torch.tensor(0.002)
+    codes, scale = OPS.quantize_nvfp4(x, g)
+    exact = OPS.dequantize_nvfp4(codes, scale, torch.ones(1), "float32")
+    assert_same_bits(OPS.quantize_nvfp4_to_bf16(x, g), exact.bfloat16())
+    assert torch.equal(exact, exact.bfloat16().float())
+    exact = OPS.dequantize_mxfp8(*OPS.quantize_mxfp8(x), "float32")
+    assert_same_bits(OPS.quantize_mxfp8_to_bf16(x), exact.bfloat16())
+    assert torch.equal(exact, exact.bfloat16().float())
+
+
+@pytest.mark.parametrize("lead", [(), (0,), (4,)], ids=str)
+def test_quantized_values_times_a_weight_are_the_linear_operator(lead):
+    torch.manual_seed(8)
+    args, *_ = cases(lead=lead, dtype=torch.float16)["nvfp4_linear/rows"]
+    x, w4, s4, rows4, g, bias = args
+    values = OPS.quantize_nvfp4_to_bf16(x, g)
+    y = OPS.nvfp4_weight_only_gemm(values, w4, s4, rows4, bias, 0, g, "float16")
+    # The sums are the same but for fp32 roundings of the scales; then both round to fp16.
+    assert torch.allclose(y.float(), call("nvfp4_linear", args).float(), rtol=2e-3, atol=1e-3)
+    assert y.dtype == torch.float16
+    args, *_ = cases(lead=lead, dtype=torch.float16)["mxfp8_linear"]
+    values = OPS.quantize_mxfp8_to_bf16(args[0])
+    y = OPS.mxfp8_weight_only_gemm(values, *args[1:], 0, "float16")
+    assert_same_bits(y, call("mxfp8_linear", args))
+
+
+@pytest.mark.parametrize("out_dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("name", ["nvfp4_weight_only_gemm/scaled", "mxfp8_weight_only_gemm"])
+def test_the_gradient_has_the_dtype_of_x_whatever_the_output(name, dtype, out_dtype):
+    torch.manual_seed(9)
+    args, _, weight, *_ = cases(dtype=dtype)[name]
+    x = args[0].clone().requires_grad_()
+    y = getattr(OPS, name.partition("/")[0])(x, *args[1:], out_dtype=out_dtype)
+    assert y.dtype == getattr(torch, out_dtype)
+    grad = torch.randn_like(y)
+    y.backward(grad)
+    assert x.grad.dtype == dtype
+    exact = grad.float() @ weight
+    assert torch.allclose(x.grad.float(), exact, rtol=2e-2, atol=2e-2 * exact.abs().max().item())
+
+
 OPCHECK_WITHOUT_SCHEMA = (
     # test_schema perturbs its inputs by arithmetic that torch lacks for float8 on the CPU.
     "test_autograd_registration",
@@ -237,7 +294,7 @@ def test_opcheck_products_with_gradient(name):
     torch.manual_seed(6)
     args, *_ = cases()[name]
     args = (args[0].clone().requires_grad_(), *args[1:])
-    operator = getattr(OPS, name).default
+    operator = getattr(OPS, name.partition("/")[0]).default
     torch.library.opcheck(operator, args, test_utils=OPCHECK_WITHOUT_SCHEMA)
 
 
@@ -254,6 +311,12 @@ def test_opcheck_quantizers(name):
     torch.library.opcheck(operator, result, test_utils=OPCHECK_WITHOUT_SCHEMA)
 
 
+def test_opcheck_values_in_bf16():
+    x = torch.randn(3, 4, 64, dtype=torch.bfloat16)
+    torch.library.opcheck(OPS.quantize_nvfp4_to_bf16.default, (x, torch.tensor(0.002)))
+    torch.library.opcheck(OPS.quantize_mxfp8_to_bf16.default, (x,))
+
+
 def test_every_operator_is_checked():
     registered = {
         name.removeprefix("mokernels::").partition(".")[0]
@@ -262,6 +325,7 @@ def test_every_operator_is_checked():
     }
     covered = {n.partition("/")[0] for n in PRODUCTS} | set(QUANTIZERS)
     covered |= {n.replace("quantize", "dequantize") for n in QUANTIZERS}
+    covered |= {"quantize_nvfp4_to_bf16", "quantize_mxfp8_to_bf16"}
     assert registered == covered
 
 
@@ -315,7 +379,24 @@ BLOCKS = torch.ones(8, 4).to(FP8)
         ("nvfp4_linear", (X[:, :24], PACKED[:, :12], BLOCKS, ONE, ONE), "multiple of 16"),
         ("mxfp8_linear", (X, W, torch.ones(8, 3, dtype=torch.uint8)), r"wanted shape \[8, 2\]"),
         ("mxfp8_linear", (X[:, :48], W[:, :48], PACKED), "multiple of 32"),
+        (
+            "nvfp4_linear",
+            (X, PACKED, BLOCKS, torch.ones(3), ONE),
+            r"global scale is float32 \[3\], wanted \[\], or \[8\] where rows of several weights",
+        ),
+        (
+            "nvfp4_weight_only_gemm",
+            (X, PACKED, BLOCKS, ONE, None, 0, torch.ones(8)),
+            r"global_scale_a is float32 \[8\], wanted shape \[\]",
+        ),
+        (
+            "mxfp8_weight_only_gemm",
+            (X, W, torch.ones(8, 2, dtype=torch.uint8), None, 0, "half"),
+            "out_dtype is 'half', wanted one of bfloat16",
+        ),
         ("quantize_nvfp4", (X[:, :10], ONE), "multiple of 16. Pad it"),
+        ("quantize_nvfp4_to_bf16", (X, torch.ones(2)), r"global_scale is float32 \[2\]"),
+        ("quantize_mxfp8_to_bf16", (X[:, :48],), "multiple of 32. Pad it"),
         (
             "dequantize_fp8",
             (W, torch.ones(5)),

@@ -31,7 +31,9 @@ from mokernels.ops.launch.quantize import (
     quantize_fp8_per_block,
     quantize_fp8_per_token,
     quantize_mxfp8,
+    quantize_mxfp8_to_bf16,
     quantize_nvfp4,
+    quantize_nvfp4_to_bf16,
 )
 
 __all__ = [
@@ -55,5 +57,7 @@ __all__ = [
     "quantize_fp8_per_block",
     "quantize_fp8_per_token",
     "quantize_mxfp8",
+    "quantize_mxfp8_to_bf16",
     "quantize_nvfp4",
+    "quantize_nvfp4_to_bf16",
 ]

@@ -16,7 +16,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from mokernels.ops.checks import out_dtype_of
+from mokernels.ops.checks import dtype_or, out_dtype_of
 from mokernels.ops.configs import Kind, choose, kind_of_fp8
 from mokernels.ops.kernels.gemm_block import gemm_block
 from mokernels.ops.kernels.gemm_decode import gemm_decode
@@ -120,14 +120,16 @@ def nvfp4_weight_only_gemm(
     global_scale_b: Tensor,
     bias: Tensor | None = None,
     plan_n: int = 0,
+    global_scale_a: Tensor | None = None,
+    out_dtype: str | None = None,
     *,
     target: Target | None = None,
 ) -> Tensor:
     """Float by NVFP4; see ``mokernels::nvfp4_weight_only_gemm``."""
     target = target or target_of(x.device)
-    return run(
-        plan_nvfp4_decode(x, b, scale_b, None, global_scale_b, bias, x.dtype, plan_n, target=target)
-    )
+    tail = (bias, dtype_or("nvfp4_weight_only_gemm", out_dtype, x.dtype), plan_n)
+    scales = (scale_b, global_scale_a, global_scale_b)
+    return run(plan_nvfp4_decode(x, b, *scales, *tail, target=target))
 
 
 def mxfp8_weight_only_gemm(
@@ -136,12 +138,14 @@ def mxfp8_weight_only_gemm(
     scale_b: Tensor,
     bias: Tensor | None = None,
     plan_n: int = 0,
+    out_dtype: str | None = None,
     *,
     target: Target | None = None,
 ) -> Tensor:
     """Float by MXFP8; see ``mokernels::mxfp8_weight_only_gemm``."""
+    dtype = dtype_or("mxfp8_weight_only_gemm", out_dtype, x.dtype)
     target = target or target_of(x.device)
-    return run(plan_mxfp8_decode(x, b, scale_b, bias, x.dtype, plan_n, target=target))
+    return run(plan_mxfp8_decode(x, b, scale_b, bias, dtype, plan_n, target=target))
 
 
 def plan_fp8_gemm(

@@ -59,23 +59,18 @@ def quantize_mxfp8(x: Tensor, *, target: Target | None = None) -> tuple[Tensor, 
     return _run(x, plan_quantize_mxfp8(x, target=target or target_of(x.device)))
 
 
-def fake_quantize_nvfp4(
-    x: Tensor, global_scale: Tensor, dtype: torch.dtype, *, target: Target | None = None
+def quantize_nvfp4_to_bf16(
+    x: Tensor, global_scale: Tensor, *, target: Target | None = None
 ) -> Tensor:
-    """Code * block scale [..., K], *without* the global scale, exact in bf16 and in fp16.
-
-    For GEMMs on devices whose matrix units apply no block scales: the global scale goes on the
-    accumulator.
-    """
+    """Code * block scale, bf16 [..., K], *without* the global scale; exact."""
     target = target or target_of(x.device)
-    return _run(x, plan_fake_quantize_nvfp4(x, global_scale, dtype, target=target))
+    return _run(x, plan_fake_quantize_nvfp4(x, global_scale, torch.bfloat16, target=target))
 
 
-def fake_quantize_mxfp8(
-    x: Tensor, dtype: torch.dtype = torch.bfloat16, *, target: Target | None = None
-) -> Tensor:
-    """Code * 2 ** e [..., K], rounded once to ``dtype``; exact within bf16's normal range."""
-    return _run(x, plan_fake_quantize_mxfp8(x, dtype, target=target or target_of(x.device)))
+def quantize_mxfp8_to_bf16(x: Tensor, *, target: Target | None = None) -> Tensor:
+    """Code * 2 ** e, bf16 [..., K], rounded once; exact within bf16's normal range."""
+    target = target or target_of(x.device)
+    return _run(x, plan_fake_quantize_mxfp8(x, torch.bfloat16, target=target))
 
 
 def dequantize_fp8(
@@ -179,7 +174,7 @@ def plan_quantize_mxfp8(x: Tensor, *, target: Target) -> PlannedPair:
 def plan_fake_quantize_nvfp4(
     x: Tensor, global_scale: Tensor, dtype: torch.dtype, *, target: Target
 ) -> Planned:
-    """Values code * block scale [..., K]; one launch."""
+    """Values code * block scale [..., K], exact in bf16 and in fp16; one launch."""
     values = x.new_empty(x.shape, dtype=dtype)
     launch = _quantize_blocks(x, (global_scale, values, None), "nvfp4", NVFP4_BLOCK, target)
     return values, (launch,)
