@@ -1,0 +1,182 @@
+"""Last rewrite: quantizations that nothing of ours took in.
+
+Behind code that Inductor writes they become plain torch operations, which Inductor fuses with that
+code. Behind anything else (attention, another operator, an input of the graph) they go back into
+the linear operator if one GEMM takes them: its launcher can quantize in the GEMM's own launch.
+"""
+
+from __future__ import annotations
+
+import operator as python_operator
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch._inductor.pattern_matcher import fwd_only
+from torch.fx import Graph, Node
+
+from mokernels.compile.graph import (
+    arguments,
+    aten,
+    call,
+    calls,
+    fake_mode_of,
+    items,
+    name_of,
+    replace_items,
+    value,
+)
+from mokernels.compile.split import PAIR_QUANTIZERS, QUANTIZERS
+from mokernels.ops.registry import operator, reference_of
+
+EXPANDED_ON_GPU = ("quantize_fp8", "quantize_fp8_per_token")
+"""What Inductor writes as one kernel with what comes before; blocks take it two."""
+EXPANDED_ON_CPU = (*EXPANDED_ON_GPU, "quantize_fp8_per_block")
+
+_VIEWS = (
+    aten.view.default,
+    aten.reshape.default,
+    aten._unsafe_view.default,
+    aten.permute.default,
+    aten.slice.Tensor,
+    aten.unsqueeze.default,
+    aten.squeeze.dim,
+    aten.expand.default,
+    aten.split.Tensor,
+    aten.split_with_sizes.default,
+    python_operator.getitem,
+)
+_COPIES = (aten.clone.default, aten.cat.default)
+
+
+def expand_quantizations(graph: Graph) -> list[Node]:
+    """Write quantizations behind Inductor's code as plain torch; returns those it replaced."""
+    expanded = []
+    for node in calls(graph, QUANTIZERS):
+        x = node.args[0]
+        names = EXPANDED_ON_CPU if value(x).device.type == "cpu" else EXPANDED_ON_GPU
+        if name_of(node) in names and is_inductors(x):
+            inline(graph, node)
+            expanded.append(node)
+    return expanded
+
+
+def quantize_in_gemm(graph: Graph) -> list[Node]:
+    """Give quantizations that one GEMM takes back to a linear operator; returns these."""
+    made = []
+    for node in calls(graph, QUANTIZERS):
+        gemm = _only_gemm(node)
+        rebuild = None if gemm is None else _LINEARS.get((name_of(node), name_of(gemm)))
+        if gemm is None or rebuild is None or is_inductors(node.args[0]):
+            continue
+        name, args = rebuild(arguments(node), arguments(gemm))
+        if args is None:
+            continue
+        with graph.inserting_before(gemm):
+            linear = call(graph, operator(name), args, like=gemm)
+        gemm.replace_all_uses_with(linear)
+        graph.erase_node(gemm)
+        for taker in list(node.users):
+            graph.erase_node(taker)
+        graph.erase_node(node)
+        made.append(linear)
+    return made
+
+
+def is_inductors(node: Any) -> bool:
+    """Whether Inductor writes the code that computes ``node``, so that more can join it."""
+    while isinstance(node, Node) and node.target in _VIEWS:
+        node = node.args[0]
+    target = getattr(node, "target", None)
+    if not isinstance(target, torch._ops.OpOverload):
+        return False
+    if target.namespace == "prims":
+        return True
+    return target.namespace == "aten" and (torch.Tag.pointwise in target.tags or target in _COPIES)
+
+
+def inline(graph: Graph, node: Node) -> None:
+    """Replace a call of one of our operators by the torch operations of its reference."""
+    reference, given = reference_of(name_of(node)), list(node.args)
+    values = [value(argument) for argument in given]
+    tensors = [index for index, v in enumerate(values) if isinstance(v, torch.Tensor)]
+
+    def computed(*filled: torch.Tensor) -> Any:
+        full = list(values)
+        for index, tensor in zip(tensors, filled, strict=True):
+            full[index] = tensor
+        return reference(*full)
+
+    with fake_mode_of(values):
+        traced = fwd_only(computed, [values[index] for index in tensors])
+    placeholders = traced.graph.find_nodes(op="placeholder")
+    bound = {p: given[index] for p, index in zip(placeholders, tensors, strict=True)}
+    with graph.inserting_before(node):
+        result = graph.graph_copy(traced.graph, bound)
+    results = list(result) if isinstance(result, (tuple, list)) else [result]
+    if name_of(node) in PAIR_QUANTIZERS:
+        replace_items(node, results)
+    else:
+        node.replace_all_uses_with(results[0])
+        graph.erase_node(node)
+
+
+def _only_gemm(node: Node) -> Node | None:
+    """The GEMM that alone takes a quantization's results."""
+    takers: list[Node] = list(node.users)
+    if name_of(node) in PAIR_QUANTIZERS:
+        if set(takers) != {taker for group in items(node).values() for taker in group}:
+            return None
+        takers = [user for taker in takers for user in taker.users]
+    return takers[0] if takers and len(set(takers)) == 1 else None
+
+
+Rebuilt = tuple[str, tuple[Any, ...] | None]
+Rebuild = Callable[[Mapping[str, Any], Mapping[str, Any]], Rebuilt]
+
+
+def _fp8_linear(quantize: Mapping[str, Any], gemm: Mapping[str, Any]) -> Rebuilt:
+    x, scale, multiplier = quantize["x"], quantize["scale"], quantize["multiplier"]
+    if scale is not gemm["scale_a"] or not _plain(x, gemm):
+        return "fp8_linear", None
+    weight = (gemm["b"], gemm["scale_b"], scale, gemm["bias"])
+    return "fp8_linear", (x, *weight, multiplier, gemm["plan_n"])
+
+
+def _dynamic(name: str) -> Rebuild:
+    """Quantizations that take nothing but x."""
+
+    def rebuild(quantize: Mapping[str, Any], gemm: Mapping[str, Any]) -> Rebuilt:
+        args = (quantize["x"], gemm["b"], gemm["scale_b"], gemm["bias"], gemm["plan_n"])
+        return name, args if _plain(args[0], gemm) else None
+
+    return rebuild
+
+
+def _nvfp4_linear(quantize: Mapping[str, Any], gemm: Mapping[str, Any]) -> Rebuilt:
+    x, scale = quantize["x"], quantize["global_scale"]
+    if scale is not gemm["global_scale_a"] or not _plain(x, gemm):
+        return "nvfp4_linear", None
+    weight = (gemm["b"], gemm["scale_b"], gemm["global_scale_b"], scale)
+    return "nvfp4_linear", (x, *weight, gemm["bias"], gemm["plan_n"])
+
+
+def _plain(x: Any, gemm: Mapping[str, Any]) -> bool:
+    """Whether the linear operator, which returns x's dtype, does what the GEMM does."""
+    dtype = str(value(x).dtype).removeprefix("torch.")
+    return gemm["out_dtype"] == dtype and not gemm.get("fast_accum", False)
+
+
+_LINEARS: Mapping[tuple[str, str], Rebuild] = MappingProxyType(
+    {
+        ("quantize_fp8", "fp8_gemm"): _fp8_linear,
+        ("quantize_fp8_per_token", "fp8_gemm"): _dynamic("fp8_per_token_linear"),
+        ("quantize_fp8_per_block", "fp8_gemm"): _dynamic("fp8_block_linear"),
+        ("quantize_nvfp4", "nvfp4_gemm"): _nvfp4_linear,
+        ("quantize_nvfp4_to_bf16", "nvfp4_weight_only_gemm"): _nvfp4_linear,
+        ("quantize_mxfp8", "mxfp8_gemm"): _dynamic("mxfp8_linear"),
+        ("quantize_mxfp8_to_bf16", "mxfp8_weight_only_gemm"): _dynamic("mxfp8_linear"),
+    }
+)
+"""(quantization, GEMM) and the linear operator that does both."""
