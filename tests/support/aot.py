@@ -127,7 +127,7 @@ def compile_launch(launch: Launch, target: Target) -> Compiled:
         "num_stages": launch.num_stages,
         "debug": False,
         "sanitize_overflow": False,
-        "enable_fp_fusion": True,
+        "enable_fp_fusion": launch.fp_fusion,
     }
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
     bound, specialization, options = bind(*launch.args, **keywords)

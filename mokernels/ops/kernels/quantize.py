@@ -34,11 +34,16 @@ NVFP4_SMALLEST_GLOBAL_SCALE: tl.constexpr = tl.constexpr(1e-12)
 
 @triton.jit
 def tile_of_program(k, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Rows [ROWS, 1] and columns [1, COLUMNS] of this program; tiles go along a row first."""
+    """Rows [ROWS, 1] of this program and the number of its tile; tiles go along a row first."""
     tiles = tl.cdiv(k, COLUMNS)
     row = (tl.program_id(0) // tiles) * ROWS + tl.arange(0, ROWS)
-    column = (tl.program_id(0) % tiles) * COLUMNS + tl.arange(0, COLUMNS)
-    return row[:, None], column[None, :]
+    return row[:, None], tl.program_id(0) % tiles
+
+
+@triton.jit
+def columns_of(tile, COLUMNS: tl.constexpr):
+    """Columns [1, COLUMNS] of a tile."""
+    return (tile * COLUMNS + tl.arange(0, COLUMNS))[None, :]
 
 
 @triton.jit
@@ -98,6 +103,96 @@ def nvfp4_step(amax, global_scale, CASTS_ONCE: tl.constexpr, HAS_TYPE: tl.conste
     return tl.where(tiny, 0, code).to(tl.uint8), step, tiny == 0
 
 
+@triton.jit
+def static_multiplier(factor, IS_MULTIPLIER: tl.constexpr):
+    """The m that ``factor`` points to, or the one of the scale amax / 448 that it points to."""
+    multiplier = tl.load(factor)
+    if not IS_MULTIPLIER:
+        multiplier = fp8_multiplier(E4M3_MAX * multiplier)
+    return multiplier
+
+
+@triton.jit
+def store_scaled(value, multiplier, codes, row, column, mask, k, CASTS_ONCE: tl.constexpr):
+    """E4M3 codes of value * multiplier to [row, column] of codes [rows, K]."""
+    target = codes + row.to(tl.int64) * k + column
+    tl.store(target, encode_e4m3(value * multiplier, CASTS_ONCE), mask=mask)
+
+
+@triton.jit
+def block_codes(
+    tile,
+    global_scale,
+    FORMAT: tl.constexpr,
+    GROUP: tl.constexpr,
+    FAKE: tl.constexpr,
+    CASTS_ONCE: tl.constexpr,
+    HAS_TYPE: tl.constexpr,
+):
+    """Codes (with FAKE: values) [ROWS, COLUMNS] and scales [ROWS, COLUMNS / GROUP] of an fp32 tile.
+
+    Both are as :func:`quantize_blocks` stores them, but that codes of "nvfp4" are not packed.
+    """
+    ROWS: tl.constexpr = tile.shape[0]
+    BLOCKS: tl.constexpr = tile.shape[1] // GROUP
+    value = tl.reshape(tile, (ROWS, BLOCKS, GROUP))
+    amax = amax_of(value, 2)
+    if FORMAT == "nvfp4":
+        g = tl.load(global_scale)
+        g = tl.where(g > 0, g, NVFP4_SMALLEST_GLOBAL_SCALE)
+        scale, step, keep = nvfp4_step(amax, g, CASTS_ONCE, HAS_TYPE)
+        code = encode_e2m1_quotient(value, step[:, :, None], keep[:, :, None])
+        if FAKE:
+            code = decode_e2m1(code, tl.float32)
+            code = code * decode_e4m3(scale, tl.float32, HAS_TYPE)[:, :, None]
+    elif FORMAT == "mxfp8":
+        exponent = mxfp8_exponent(amax)
+        # 2 ** -e has the biased exponent 254 - u, which is between 7 and 254.
+        inverse = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
+        scale = exponent.to(tl.uint8)
+        code = encode_e4m3(value * inverse[:, :, None], CASTS_ONCE)
+        if FAKE:
+            code = decode_e4m3(code, tl.float32, HAS_TYPE)
+            code = code * decode_e8m0(scale, tl.float32)[:, :, None]
+    else:
+        multiplier = fp8_multiplier(amax)
+        scale = tl.div_rn(1.0, multiplier)
+        code = encode_e4m3(value * multiplier[:, :, None], CASTS_ONCE)
+    return tl.reshape(code, (ROWS, BLOCKS * GROUP)), scale
+
+
+@triton.jit
+def store_blocks(
+    code,
+    scale,
+    codes,
+    scales,
+    row,
+    tile,
+    rows,
+    k,
+    FORMAT: tl.constexpr,
+    GROUP: tl.constexpr,
+    FAKE: tl.constexpr,
+):
+    """Store what :func:`block_codes` returned for ``row`` [ROWS, 1] and the tile of this number."""
+    COLUMNS: tl.constexpr = code.shape[1]
+    in_rows = row < rows
+    long_row = row.to(tl.int64)
+    if FORMAT == "nvfp4" and not FAKE:
+        pair = columns_of(tile, COLUMNS // 2)
+        pair_mask = in_rows & (pair < k // 2)
+        tl.store(codes + long_row * (k // 2) + pair, pack_nibbles(code), mask=pair_mask)
+    else:
+        column = columns_of(tile, COLUMNS)
+        code = code.to(codes.dtype.element_ty)
+        tl.store(codes + long_row * k + column, code, mask=in_rows & (column < k))
+    if not FAKE:
+        blocks = tl.cdiv(k, GROUP)
+        block = columns_of(tile, COLUMNS // GROUP)
+        tl.store(scales + long_row * blocks + block, scale, mask=in_rows & (block < blocks))
+
+
 @triton.jit(do_not_specialize=["rows", "inner"])
 def quantize_static(
     x,
@@ -115,15 +210,13 @@ def quantize_static(
     COLUMNS: tl.constexpr,
 ):
     """E4M3 codes [rows, K] of x * m for one m: ``factor`` holds m, or else the scale amax / 448."""
-    row, column = tile_of_program(k, ROWS, COLUMNS)
+    row, tile = tile_of_program(k, ROWS, COLUMNS)
+    column = columns_of(tile, COLUMNS)
     mask = (row < rows) & (column < k)
     start = row_starts(row, inner, outer_stride, inner_stride, NESTED)
     value = tl.load(x + start + column, mask=mask, other=0.0).to(tl.float32)
-    multiplier = tl.load(factor)
-    if not IS_MULTIPLIER:
-        multiplier = fp8_multiplier(E4M3_MAX * multiplier)
-    target = codes + row.to(tl.int64) * k + column
-    tl.store(target, encode_e4m3(value * multiplier, CASTS_ONCE), mask=mask)
+    multiplier = static_multiplier(factor, IS_MULTIPLIER)
+    store_scaled(value, multiplier, codes, row, column, mask, k, CASTS_ONCE)
 
 
 @triton.jit(do_not_specialize=["rows", "inner"])
@@ -146,29 +239,26 @@ def quantize_rows(
 
     ONE_PASS keeps the row in registers (COLUMNS >= K); otherwise it is read twice.
     """
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    column = tl.arange(0, COLUMNS)[None, :]
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
+    column = columns_of(0, COLUMNS)
     in_rows = row < rows
-    start = row_starts(row[:, None], inner, outer_stride, inner_stride, NESTED)
-    target = codes + row.to(tl.int64)[:, None] * k
+    start = row_starts(row, inner, outer_stride, inner_stride, NESTED)
     if ONE_PASS:
-        mask = in_rows[:, None] & (column < k)
+        mask = in_rows & (column < k)
         value = tl.load(x + start + column, mask=mask, other=0.0).to(tl.float32)
-        multiplier = fp8_multiplier(amax_of(value, 1))
-        code = encode_e4m3(value * multiplier[:, None], CASTS_ONCE)
-        tl.store(target + column, code, mask=mask)
+        multiplier = fp8_multiplier(amax_of(value, 1))[:, None]
+        store_scaled(value, multiplier, codes, row, column, mask, k, CASTS_ONCE)
     else:
         bits = tl.zeros((ROWS, COLUMNS), tl.int32)
         for first in range(0, k, COLUMNS):
-            mask = in_rows[:, None] & (first + column < k)
+            mask = in_rows & (first + column < k)
             value = tl.load(x + start + first + column, mask=mask, other=0.0).to(tl.float32)
             bits = tl.maximum(bits, magnitude_bits(value))
-        multiplier = fp8_multiplier(tl.max(bits, axis=1).to(tl.float32, bitcast=True))
+        multiplier = fp8_multiplier(tl.max(bits, axis=1).to(tl.float32, bitcast=True))[:, None]
         for first in range(0, k, COLUMNS):
-            mask = in_rows[:, None] & (first + column < k)
+            mask = in_rows & (first + column < k)
             value = tl.load(x + start + first + column, mask=mask, other=0.0).to(tl.float32)
-            code = encode_e4m3(value * multiplier[:, None], CASTS_ONCE)
-            tl.store(target + first + column, code, mask=mask)
+            store_scaled(value, multiplier, codes, row, first + column, mask, k, CASTS_ONCE)
     tl.store(scales + row, tl.div_rn(1.0, multiplier), mask=in_rows)
 
 
@@ -198,47 +288,13 @@ def quantize_blocks(
     except that the scales of "fp8" are fp32. With FAKE, ``codes`` takes the values code * scale in
     its own dtype instead, without the global scale, and nothing else is stored.
     """
-    BLOCKS: tl.constexpr = COLUMNS // GROUP
-    row, column = tile_of_program(k, ROWS, COLUMNS)
+    row, tile = tile_of_program(k, ROWS, COLUMNS)
+    column = columns_of(tile, COLUMNS)
     mask = (row < rows) & (column < k)
     start = row_starts(row, inner, outer_stride, inner_stride, NESTED)
-    tile = tl.load(x + start + column, mask=mask, other=0.0).to(tl.float32)
-    value = tl.reshape(tile, (ROWS, BLOCKS, GROUP))
-    amax = amax_of(value, 2)
-    if FORMAT == "nvfp4":
-        g = tl.load(global_scale)
-        g = tl.where(g > 0, g, NVFP4_SMALLEST_GLOBAL_SCALE)
-        scale, step, keep = nvfp4_step(amax, g, CASTS_ONCE, HAS_TYPE)
-        code = encode_e2m1_quotient(value, step[:, :, None], keep[:, :, None])
-        if FAKE:
-            code = decode_e2m1(code, tl.float32)
-            code = code * decode_e4m3(scale, tl.float32, HAS_TYPE)[:, :, None]
-    elif FORMAT == "mxfp8":
-        exponent = mxfp8_exponent(amax)
-        # 2 ** -e has the biased exponent 254 - u, which is between 7 and 254.
-        inverse = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
-        scale = exponent.to(tl.uint8)
-        code = encode_e4m3(value * inverse[:, :, None], CASTS_ONCE)
-        if FAKE:
-            code = decode_e4m3(code, tl.float32, HAS_TYPE)
-            code = code * decode_e8m0(scale, tl.float32)[:, :, None]
-    else:
-        multiplier = fp8_multiplier(amax)
-        scale = tl.div_rn(1.0, multiplier)
-        code = encode_e4m3(value * multiplier[:, :, None], CASTS_ONCE)
-    code = tl.reshape(code, (ROWS, COLUMNS))
-    long_row = row.to(tl.int64)
-    if FORMAT == "nvfp4" and not FAKE:
-        pair = tile_of_program(k // 2, ROWS, COLUMNS // 2)[1]
-        pair_mask = (row < rows) & (pair < k // 2)
-        tl.store(codes + long_row * (k // 2) + pair, pack_nibbles(code), mask=pair_mask)
-    else:
-        code = code.to(codes.dtype.element_ty)
-        tl.store(codes + long_row * k + column, code, mask=mask)
-    if not FAKE:
-        blocks = tl.cdiv(k, GROUP)
-        block = tile_of_program(blocks, ROWS, BLOCKS)[1]
-        tl.store(scales + long_row * blocks + block, scale, mask=(row < rows) & (block < blocks))
+    value = tl.load(x + start + column, mask=mask, other=0.0).to(tl.float32)
+    code, scale = block_codes(value, global_scale, FORMAT, GROUP, FAKE, CASTS_ONCE, HAS_TYPE)
+    store_blocks(code, scale, codes, scales, row, tile, rows, k, FORMAT, GROUP, FAKE)
 
 
 @triton.jit(do_not_specialize=["rows", "inner"])
@@ -268,14 +324,15 @@ def dequantize_blocks(
     scale_stride``: a stride of 0 repeats one scale along the rows or along K.
     """
     BLOCKS: tl.constexpr = COLUMNS // GROUP
-    row, column = tile_of_program(k, ROWS, COLUMNS)
+    row, tile = tile_of_program(k, ROWS, COLUMNS)
+    column = columns_of(tile, COLUMNS)
     start = row_starts(row, inner, outer_stride, inner_stride, NESTED)
-    block = tile_of_program(tl.cdiv(k, GROUP), ROWS, BLOCKS)[1]
+    block = columns_of(tile, BLOCKS)
     scale_offset = (row // SCALE_ROWS).to(tl.int64) * scale_row_stride + block * scale_stride
     scale_mask = (row < rows) & (block * GROUP < k)
     scale = tl.load(scales + scale_offset, mask=scale_mask, other=0)
     if FORMAT == "nvfp4":
-        pair = tile_of_program(k // 2, ROWS, COLUMNS // 2)[1]
+        pair = columns_of(tile, COLUMNS // 2)
         packed_mask = (row < rows) & (pair < k // 2)
         packed = tl.load(codes + start + pair, mask=packed_mask, other=0)
         value = decode_e2m1(unpack_nibbles(packed), tl.float32)

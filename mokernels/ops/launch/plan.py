@@ -18,6 +18,8 @@ class Launch:
         constants: compile-time arguments by name.
         num_warps: warps of a program.
         num_stages: depth of the software pipeline.
+        fp_fusion: whether the compiler may contract a product and a sum to one multiply-add, which
+            rounds once less. Which pairs it finds differs from one build of a kernel to the next.
     """
 
     kernel: Any
@@ -26,11 +28,16 @@ class Launch:
     constants: Mapping[str, Any] = field(default_factory=dict)
     num_warps: int = 4
     num_stages: int = 3
+    fp_fusion: bool = True
 
     def run(self) -> None:
         """Launch on the current device and stream."""
         if 0 in self.grid:
             return
         self.kernel[self.grid](
-            *self.args, **self.constants, num_warps=self.num_warps, num_stages=self.num_stages
+            *self.args,
+            **self.constants,
+            num_warps=self.num_warps,
+            num_stages=self.num_stages,
+            enable_fp_fusion=self.fp_fusion,
         )
