@@ -6,4 +6,4 @@ implementation for CUDA, HIP and XPU that is imported when it first runs. The ``
 ``*_weight_only_gemm`` operators also have a gradient.
 """
 
-from mokernels.ops import gemm, linear, quantize  # noqa: F401  (each registers its operators)
+from mokernels.ops import fused, gemm, linear, quantize  # noqa: F401  (each registers its operators)

@@ -1,7 +1,8 @@
 """Tile sizes of the quantize kernels: pure functions of the shape and the device's size.
 
-They change speed only. What they weigh: a program should have about 32 elements for each thread, so
-that enough loads are in flight, and a small tensor should still give every processor a program.
+They change speed only, except for :func:`norm_tile`. What they weigh: a program should have about
+32 elements for each thread, so that enough loads are in flight, and a small tensor should still
+give every processor a program.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ _PASS = 8192
 _TILE = 4096
 _SMALLEST_TILE = 512
 _WIDEST_TILE = 1024
+_NARROWEST_NORM = 128  # the widest block of a format
 _THREADS = 32
 
 
@@ -63,6 +65,19 @@ def row_tile(rows: int, k: int, processors: int) -> Tile:
     while 2 * height * columns <= _TILE // 2 and rows >= 4 * height * processors:
         height *= 2
     return Tile(height, columns, _warps(height * columns, per_thread=16))
+
+
+@lru_cache(maxsize=4096)
+def norm_tile(k: int) -> Tile:
+    """The tile for kernels that normalize a row of k elements and quantize it.
+
+    It is a function of k alone, unlike the other tiles. Here something is added: the tile fixes the
+    order of the additions, thus the last bits of the sum of squares, thus codes. If it followed the
+    number of rows or the device's size, a token would get other codes alone than in a batch, and
+    other codes on another device.
+    """
+    columns = max(_power_of_two(k), _NARROWEST_NORM) if k <= LONGEST_ROW else _PASS
+    return Tile(1, columns, _warps(columns, per_thread=16))
 
 
 def _warps(elements: int, per_thread: int) -> int:

@@ -25,7 +25,14 @@ Function = Callable[..., Any]
 _REFERENCES: dict[str, Function] = {}
 
 
-def register(schema: str, *, check: Function, reference: Function, fake: Function) -> None:
+def register(
+    schema: str,
+    *,
+    check: Function,
+    reference: Function,
+    fake: Function,
+    launcher: tuple[str, ...] | None = None,
+) -> None:
     """Define ``mokernels::<name>``.
 
     Args:
@@ -34,16 +41,16 @@ def register(schema: str, *, check: Function, reference: Function, fake: Functio
             and runs before every implementation.
         reference: CPU implementation, in plain torch.
         fake: the result's shapes and dtypes only.
-
-    The Triton implementation is the function of the operator's name in ``mokernels.ops.launch``; it
-    takes the operator's arguments, already checked.
+        launcher: the Triton implementation: a function's name in ``mokernels.ops.launch``, and what
+            it takes before the operator's arguments, which were checked. By default the function of
+            the operator's name.
     """
     name = schema.partition("(")[0]
     LIBRARY.define(schema, tags=TAGS)
     _REFERENCES[name] = reference
     LIBRARY.impl(name, _checked(check, reference), "CPU")
     for key in TRITON_KEYS:
-        LIBRARY.impl(name, _checked(check, _launcher(name)), key)
+        LIBRARY.impl(name, _checked(check, _launcher(*(launcher or (name,)))), key)
     torch.library.register_fake(f"{NAMESPACE}::{name}", _checked(check, fake), lib=LIBRARY)
 
 
@@ -73,15 +80,15 @@ def _checked(check: Function, implementation: Function) -> Function:
     return call
 
 
-def _launcher(name: str) -> Function:
-    """The Triton implementation of ``name``, imported at its first call."""
+def _launcher(name: str, *leading: str) -> Function:
+    """The launcher of this name with its first arguments, imported at its first call."""
     loaded: Function | None = None
 
     def launch(*args: Any, **kwargs: Any) -> Any:
         nonlocal loaded
         if loaded is None:
             loaded = _import_launcher(name)
-        return loaded(*args, **kwargs)
+        return loaded(*leading, *args, **kwargs)
 
     return launch
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 import mokernels  # noqa: F401  (registers the operators)
 from mokernels import numerics
 from mokernels.errors import ArgumentError
+from mokernels.ops.quantize import QUANTIZERS as ALL_QUANTIZERS
 from tests.support.compare import assert_same_bits
 
 OPS = torch.ops.mokernels
@@ -170,6 +171,7 @@ def test_a_frozen_input_needs_no_graph(name):
     assert not call(name, args).requires_grad
 
 
+PRODUCERS = ("rms_norm", "add_rms_norm", "gated")
 QUANTIZERS = {
     "quantize_fp8": lambda x: (x, torch.tensor(0.02)),
     "quantize_fp8_per_token": lambda x: (x,),
@@ -326,6 +328,8 @@ def test_every_operator_is_checked():
     covered = {n.partition("/")[0] for n in PRODUCTS} | set(QUANTIZERS)
     covered |= {n.replace("quantize", "dequantize") for n in QUANTIZERS}
     covered |= {"quantize_nvfp4_to_bf16", "quantize_mxfp8_to_bf16"}
+    # Those of tests/ops/test_fused.py, which takes every quantizer there is.
+    covered |= {f"{producer}_quantize_{name}" for producer in PRODUCERS for name in ALL_QUANTIZERS}
     assert registered == covered
 
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mokernels.ops.quantize_configs import LONGEST_ROW, block_tile, row_tile
+from mokernels.ops.quantize_configs import LONGEST_ROW, block_tile, norm_tile, row_tile
 
 sizes = st.integers(0, 300_000)
 processors = st.integers(1, 304)
@@ -32,6 +32,18 @@ def test_row_tiles_hold_a_row_or_pass_over_it(rows, k, processors):
         assert size & (size - 1) == 0
     assert tile.rows == 1 or tile.rows * tile.columns <= 2048
     assert tile.warps <= 16
+
+
+@given(sizes)
+def test_norm_tiles_hold_a_row_or_pass_over_it(k):
+    tile = norm_tile(k)
+    assert tile.rows == 1
+    assert (tile.columns >= k) == (k <= LONGEST_ROW)
+    assert tile.columns % 128 == 0
+    for size in (tile.columns, tile.warps):
+        assert size & (size - 1) == 0
+    # At most 32 values for a thread, which stay in registers.
+    assert tile.columns <= 32 * 32 * tile.warps
 
 
 @pytest.mark.parametrize(

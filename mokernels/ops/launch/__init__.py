@@ -1,4 +1,5 @@
-"""Host side of the Triton kernels: one function for each operator, named as the operator.
+"""Host side of the Triton kernels: one function for each operator, named as the operator; or, for
+operators that differ in the quantizer only, one for all of them that takes its name first.
 
 A launcher takes the operator's arguments, already checked, on a CUDA, HIP or XPU device (on the CPU
 under Triton's interpreter), and a keyword ``target`` that overrides the device's own: the tests run
@@ -6,6 +7,11 @@ the choices of every target that way. It plans its launches as data (:class:`pla
 the tests compile ahead of time for targets that this machine lacks, and then runs them.
 """
 
+from mokernels.ops.launch.fused import (
+    add_rms_norm_quantize,
+    gated_quantize,
+    rms_norm_quantize,
+)
 from mokernels.ops.launch.gemm import (
     fp8_gemm,
     fp8_weight_only_gemm,
@@ -37,6 +43,7 @@ from mokernels.ops.launch.quantize import (
 )
 
 __all__ = [
+    "add_rms_norm_quantize",
     "dequantize_fp8",
     "dequantize_fp8_per_block",
     "dequantize_fp8_per_token",
@@ -47,6 +54,7 @@ __all__ = [
     "fp8_linear",
     "fp8_per_token_linear",
     "fp8_weight_only_gemm",
+    "gated_quantize",
     "mxfp8_gemm",
     "mxfp8_linear",
     "mxfp8_weight_only_gemm",
@@ -60,4 +68,5 @@ __all__ = [
     "quantize_mxfp8_to_bf16",
     "quantize_nvfp4",
     "quantize_nvfp4_to_bf16",
+    "rms_norm_quantize",
 ]
