@@ -13,6 +13,7 @@ from typing import NamedTuple
 LONGEST_ROW = 16384
 """Longest row that one program keeps in registers; longer ones are read twice."""
 _PASS = 8192
+_NORM_PASS = 4096  # the three loops of a norm over 8192 columns would spill
 _TILE = 4096
 _SMALLEST_TILE = 512
 _WIDEST_TILE = 1024
@@ -76,7 +77,7 @@ def norm_tile(k: int) -> Tile:
     number of rows or the device's size, a token would get other codes alone than in a batch, and
     other codes on another device.
     """
-    columns = max(_power_of_two(k), _NARROWEST_NORM) if k <= LONGEST_ROW else _PASS
+    columns = max(_power_of_two(k), _NARROWEST_NORM) if k <= LONGEST_ROW else _NORM_PASS
     return Tile(1, columns, _warps(columns, per_thread=16))
 
 

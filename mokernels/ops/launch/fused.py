@@ -124,6 +124,7 @@ def plan_norm_quantize(
             "COLUMNS": tile.columns,
         },
         num_warps=tile.warps,
+        num_stages=1,
         fp_fusion=False,
     )
     if total is None:
@@ -162,6 +163,7 @@ def plan_gated_quantize(
             "COLUMNS": tile.columns,
         },
         num_warps=tile.warps,
+        num_stages=1,
         fp_fusion=False,
     )
     return outputs, (launch,)
