@@ -1,8 +1,10 @@
 """Launchers of the linear operators: quantize the activations, multiply.
 
 Where a format's codes go to the matrix units as they are, the activations are quantized to codes
-and scales. Where they are decoded again, the quantizer writes the decoded values at once: the same
-numbers (exact in bf16, without the global scale of NVFP4), and one pass less.
+and scales: a few rows of FP8 by the GEMM itself, so that there is one launch, everything else by a
+launch before it, to the same bits. Where they are decoded again, the quantizer writes the decoded
+values at once: the same numbers (exact in bf16, without the global scale of NVFP4), and one pass
+less.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from mokernels.ops.launch.quantize import (
     plan_quantize_mxfp8,
     plan_quantize_nvfp4,
 )
+from mokernels.ops.launch.quantizing import Static, plan_quantizing_gemm
 from mokernels.ops.target import Target, target_of
 
 
@@ -121,6 +124,10 @@ def plan_fp8_linear(
     """One calibrated scale: ``input_scale`` as stored, or 1 / m together with the multiplier m."""
     if input_multiplier is None:
         input_multiplier, input_scale = numerics.static_fp8_scales(input_scale)
+    static = Static(input_scale, input_multiplier)
+    planned = plan_quantizing_gemm(x, weight, static, weight_scale, bias, plan_n, target=target)
+    if planned is not None:
+        return planned
     codes, quantize = plan_quantize_fp8(x, input_scale, input_multiplier, target=target)
     scales = (input_scale, weight_scale)
     out, multiply = plan_fp8_gemm(
@@ -139,6 +146,9 @@ def plan_fp8_per_token_linear(
     target: Target,
 ) -> Planned:
     """One scale for each token."""
+    planned = plan_quantizing_gemm(x, weight, None, weight_scale, bias, plan_n, target=target)
+    if planned is not None:
+        return planned
     (codes, scale), quantize = plan_quantize_fp8_per_token(x, target=target)
     out, multiply = plan_fp8_gemm(
         codes, weight, scale, weight_scale, bias, x.dtype, plan_n=plan_n, target=target

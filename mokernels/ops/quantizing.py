@@ -1,0 +1,61 @@
+"""Which FP8 products quantize their activations themselves: a pure function of shape and target."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from mokernels.ops.configs import GemmConfig
+from mokernels.ops.target import Target
+
+Activations = Literal["static", "token"]
+"""One calibrated scale of all activations, or one for each token."""
+
+STATIC_ROWS_IN_GEMM = 64
+"""Most rows that a GEMM quantizes itself with a calibrated scale."""
+STATIC_ROWS_ENCODED_BY_BITS = 32
+"""The same where a cast to E4M3 is no instruction: with 64 rows sm_89 runs out of registers."""
+TOKEN_ROWS_IN_GEMM = 16
+"""Most rows that a GEMM quantizes itself with a scale for each."""
+TOKEN_K_IN_GEMM = 8192
+"""Largest K of which every program of a GEMM looks for the rows' maxima."""
+
+
+def quantizes_in_gemm(
+    activations: Activations, m: int, k: int, x_bytes: int, config: GemmConfig, target: Target
+) -> bool:
+    """Whether the GEMM quantizes its activations, instead of a kernel before it.
+
+    With few rows a GEMM waits for the weight, and a launch before it costs a good part of its time.
+    But what one quantize kernel reads once, every program of the GEMM reads again, from the L2
+    cache, in two or four bytes an element instead of one: that has to stay small beside the weight,
+    which it does while the rows are fewer than those of a program's tile of the weight. With scales
+    per token every program also reads its rows over the whole of K before it begins: 16 rows of
+    8192 take it about as long as a launch does. (Estimates from the caches' bandwidth.)
+
+    The bits of a result do not depend on the answer, and the answer not on N: equal calls launch
+    equal kernels. Every limit on m is the end of a bucket.
+
+    Args:
+        activations: which scales they get.
+        m: rows of the activations.
+        k: elements that are summed.
+        x_bytes: bytes of an element of the activations.
+        config: of the GEMM.
+        target: without an FP8 matrix instruction codes would be encoded only to be decoded.
+    """
+    if not target.has_fp8_dot or not _fits(x_bytes, config, target):
+        return False
+    if activations == "token":
+        return m <= TOKEN_ROWS_IN_GEMM and k <= TOKEN_K_IN_GEMM
+    return m <= (STATIC_ROWS_IN_GEMM if target.casts_fp8_once else STATIC_ROWS_ENCODED_BY_BITS)
+
+
+def _fits(x_bytes: int, config: GemmConfig, target: Target) -> bool:
+    """Whether shared memory holds the pipelined steps with activations that are not quantized yet.
+
+    An asynchronous matrix instruction keeps one step more (see configs.shared_bytes).
+    """
+    step = config.block_k * (config.block_m * x_bytes + config.block_n)
+    copies = config.num_stages - (not target.wants_swapped_operands)
+    codes = config.block_k * config.block_m
+    return copies * step + codes + 1024 <= target.shared_memory

@@ -1,0 +1,87 @@
+"""Which FP8 products quantize their activations themselves."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mokernels.ops.configs import M_BUCKETS, Kind, choose
+from mokernels.ops.quantizing import (
+    STATIC_ROWS_ENCODED_BY_BITS,
+    STATIC_ROWS_IN_GEMM,
+    TOKEN_K_IN_GEMM,
+    TOKEN_ROWS_IN_GEMM,
+    Activations,
+    quantizes_in_gemm,
+)
+from mokernels.ops.target import (
+    CUDA_TARGETS,
+    GFX942,
+    GFX950,
+    HIP_TARGETS,
+    SM_80,
+    SM_89,
+    SM_90,
+    SM_100,
+    SM_120,
+    Target,
+)
+
+BF16, FP32 = 2, 4  # bytes of an element
+K = 4096
+
+
+def answer(
+    target: Target, how: Activations, m: int, k: int = K, x_bytes: int = BF16, n: int = 4096
+) -> bool:
+    config = choose(Kind.FP8, m, n, k, target)
+    return quantizes_in_gemm(how, m, k, x_bytes, config, target)
+
+
+@pytest.mark.parametrize("target", [SM_90, SM_100, SM_120], ids=lambda target: target.name)
+def test_few_rows_are_quantized_in_the_gemm(target):
+    assert [m for m in range(1, 100) if answer(target, "static", m)] == [*range(1, 65)]
+    assert [m for m in range(1, 100) if answer(target, "token", m)] == [*range(1, 17)]
+
+
+@pytest.mark.parametrize("target", [SM_89, GFX950], ids=lambda target: target.name)
+def test_fewer_where_codes_are_encoded_by_bits(target):
+    assert [m for m in range(1, 100) if answer(target, "static", m)] == [*range(1, 33)]
+    assert [m for m in range(1, 100) if answer(target, "token", m)] == [*range(1, 17)]
+
+
+def test_long_rows_are_not_read_twice_by_every_program():
+    assert answer(SM_90, "token", 1, TOKEN_K_IN_GEMM)
+    assert not answer(SM_90, "token", 1, TOKEN_K_IN_GEMM + 1)
+    assert answer(SM_90, "static", 1, TOKEN_K_IN_GEMM + 1)
+
+
+def test_fp32_activations_that_do_not_fit_are_quantized_before():
+    assert answer(SM_120, "static", 32, x_bytes=FP32)
+    assert not answer(SM_120, "static", 64, x_bytes=FP32)
+    assert answer(SM_90, "static", 64, x_bytes=FP32)
+
+
+@pytest.mark.parametrize("target", [SM_80, GFX942], ids=lambda target: target.name)
+def test_without_an_fp8_instruction_none_are(target):
+    assert not answer(target, "static", 1)
+    assert not answer(target, "token", 1)
+
+
+@given(
+    st.sampled_from([*CUDA_TARGETS, *HIP_TARGETS]),
+    st.sampled_from(["static", "token"]),
+    st.integers(1, 600),
+    st.integers(1, 20_000),
+    st.sampled_from([BF16, FP32]),
+    st.integers(1, 40_000),
+)
+def test_only_the_bucket_of_rows_matters_and_no_columns(target, how, m, k, x_bytes, n):
+    end = next((end for end in M_BUCKETS if m <= end), 10_000)
+    assert answer(target, how, m, k, x_bytes, n) == answer(target, how, end, k, x_bytes, 64)
+
+
+def test_limits_are_ends_of_buckets():
+    limits = {STATIC_ROWS_IN_GEMM, STATIC_ROWS_ENCODED_BY_BITS, TOKEN_ROWS_IN_GEMM}
+    assert limits <= set(M_BUCKETS)
