@@ -14,10 +14,10 @@ from mokernels.checkpoint.plan import CheckpointPlan, LayerPlan
 from mokernels.checkpoint.reader import Checkpoint, open_checkpoint
 from mokernels.errors import CheckpointError, Finding
 from mokernels.layers import (
-    QuantizedLinear,
     StoredSpec,
     attach_kv_scales,
     choose_activation,
+    finish_loading,
     make_layer,
 )
 
@@ -202,9 +202,7 @@ def _copy(module: nn.Module, checkpoint: Checkpoint, name: Callable[[str], str])
         current = getattr(holder, leaf, None)
         if holder is not None and isinstance(current, Tensor):
             _assign(holder, leaf, current, checkpoint.tensor(key))
-    for layer in module.modules():
-        if isinstance(layer, QuantizedLinear):
-            layer.refresh()
+    finish_loading(module)
 
 
 def _assign(holder: nn.Module, leaf: str, current: Tensor, value: Tensor) -> None:

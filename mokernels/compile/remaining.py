@@ -13,7 +13,6 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch._inductor.pattern_matcher import fwd_only
 from torch.fx import Graph, Node
 
 from mokernels.compile.graph import (
@@ -98,6 +97,8 @@ def is_inductors(node: Any) -> bool:
 
 def inline(graph: Graph, node: Node) -> None:
     """Replace a call of one of our operators by the torch operations of its reference."""
+    from torch._inductor.pattern_matcher import fwd_only
+
     reference, given = reference_of(name_of(node)), list(node.args)
     values = [value(argument) for argument in given]
     tensors = [index for index, v in enumerate(values) if isinstance(v, torch.Tensor)]

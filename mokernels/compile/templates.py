@@ -15,7 +15,6 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from torch._inductor.pattern_matcher import fwd_only
 from torch._subclasses import FakeTensorMode
 from torch.fx import Graph, Node
 
@@ -93,6 +92,8 @@ def _traced(
     device: torch.device,
 ) -> Graph | None:
     """The template's graph, or None where it cannot be traced (a dtype that it does not take)."""
+    from torch._inductor.pattern_matcher import fwd_only
+
     with FakeTensorMode(), torch._guards.tracing(None):
         tensors = [
             torch.empty(_shape(p.rank if p.rank >= 0 else rank), dtype=p.dtype, device=device)

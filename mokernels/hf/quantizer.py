@@ -19,11 +19,11 @@ from mokernels.errors import CheckpointError, Finding
 from mokernels.hf.names import Namer
 from mokernels.hf.parallel import check_shards, register_replicate, scale_styles
 from mokernels.layers import (
-    QuantizedLinear,
     StoredSpec,
     attach_kv_scales,
     check_activation_choice,
     choose_activation,
+    finish_loading,
     make_layer,
 )
 
@@ -148,11 +148,7 @@ class ModelOptQuantizer(HfQuantizer):
         model.set_submodule(module, new)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
-        for module in model.modules():
-            if isinstance(module, QuantizedLinear):
-                # The loader lets every floating parameter ask for a gradient, FP8 codes included.
-                module.requires_grad_(False)
-                module.refresh()
+        finish_loading(model)
         check_shards(model)
         return model
 

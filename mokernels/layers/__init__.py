@@ -1,6 +1,7 @@
 """Modules that hold a checkpoint's tensors under the checkpoint's own names."""
 
 from mokernels.layers.explain import Explanation, explain
+from mokernels.layers.finish import finish_loading
 from mokernels.layers.linear import (
     FP8Linear,
     MXFP8Linear,
@@ -9,6 +10,7 @@ from mokernels.layers.linear import (
     StoredSpec,
     linear_class,
 )
+from mokernels.layers.siblings import Siblings, link_siblings, separate_projections
 from mokernels.layers.swap import (
     ACTIVATION_CHOICES,
     attach_kv_scales,
@@ -24,11 +26,15 @@ __all__ = [
     "MXFP8Linear",
     "NVFP4Linear",
     "QuantizedLinear",
+    "Siblings",
     "StoredSpec",
     "attach_kv_scales",
     "check_activation_choice",
     "choose_activation",
     "explain",
+    "finish_loading",
     "linear_class",
+    "link_siblings",
     "make_layer",
+    "separate_projections",
 ]

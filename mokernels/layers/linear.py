@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,9 @@ from mokernels.errors import ArgumentError
 from mokernels.formats import E2M1, Activation, Format
 from mokernels.numerics import static_fp8_scales
 from mokernels.ops.registry import operator
+
+if TYPE_CHECKING:
+    from mokernels.layers.siblings import Siblings
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,10 @@ class QuantizedLinear(nn.Linear):
         self.in_features = in_features
         self.out_features = out_features
         self.activation = _checked_activation(format, activation)
+        # Set by mokernels.layers.siblings for projections that share an input.
+        self.siblings: Siblings | None = None
+        self.position = 0
+        self.plan_n = 0
         for leaf, spec in _specs(format, out_features, in_features, tensors).items():
             self._declare(leaf, torch.empty(spec.shape, dtype=spec.dtype, device=device))
         empty_bias = None if bias is None else torch.empty(out_features, dtype=bias, device=device)
@@ -82,6 +89,22 @@ class QuantizedLinear(nn.Linear):
 
     def refresh(self) -> None:
         """Recompute what is derived from the stored tensors; call it after changing them."""
+        if self.siblings is not None:
+            self.siblings.refresh()
+
+    def _operand(self, leaf: str) -> Tensor | None:
+        """A stored tensor as the operator gets it: while compiling, rows of the group's."""
+        own: Tensor | None = getattr(self, leaf)
+        if self.siblings is None or not _is_fused():
+            return own
+        return self.siblings.operand(self, leaf, own)
+
+    def _input_tensor(self, leaf: str) -> Tensor | None:
+        """A scale of the activations: while compiling, the group's."""
+        own: Tensor | None = getattr(self, leaf)
+        if self.siblings is None or not _is_fused():
+            return own
+        return self.siblings.input_tensor(self, leaf)
 
     def reset_parameters(self) -> None:
         """Do nothing: the tensors come from a checkpoint, random codes would mean nothing."""
@@ -103,6 +126,8 @@ class QuantizedLinear(nn.Linear):
             return result
 
         super()._apply(keep_dtype, recurse)
+        if self.siblings is not None:
+            self.siblings.settle()
         return self
 
     def _kept_tensors(self) -> list[Tensor]:
@@ -146,20 +171,18 @@ class FP8Linear(QuantizedLinear):
         else:
             scales = static_fp8_scales(scale.detach().reshape(()))
             self.input_multiplier, self.input_divisor = scales
+        super().refresh()
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., K] to [..., N] in the dtype of the input."""
-        scale = _two_dimensional(self.weight_scale)
+        weight, bias = self._operand("weight"), self._operand("bias")
+        scale = _two_dimensional(self._operand("weight_scale"))
         if self.activation is Activation.FP8_STATIC:
-            return _FP8_LINEAR(
-                input,
-                self.weight,
-                scale,
-                self.input_scale if self.input_divisor is None else self.input_divisor,
-                self.bias,
-                self.input_multiplier,
-            )
-        return _FP8_OPERATORS[self.activation](input, self.weight, scale, self.bias)
+            stored = self.input_divisor is None
+            divisor = self._input_tensor("input_scale" if stored else "input_divisor")
+            multiplier = self._input_tensor("input_multiplier")
+            return _FP8_LINEAR(input, weight, scale, divisor, bias, multiplier, self.plan_n)
+        return _FP8_OPERATORS[self.activation](input, weight, scale, bias, self.plan_n)
 
     def dequantized_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight [N, K] that the codes and scales stand for, rounded once to ``dtype``."""
@@ -175,10 +198,11 @@ class NVFP4Linear(QuantizedLinear):
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., K] to [..., N] in the dtype of the input."""
-        weight = (self.weight, self.weight_scale, self.weight_scale_2)
+        leaves = ("weight", "weight_scale", "weight_scale_2")
+        weight, bias = [self._operand(leaf) for leaf in leaves], self._operand("bias")
         if self.activation is Activation.NONE:
-            return _NVFP4_WEIGHT_ONLY(input, *weight, self.bias)
-        return _NVFP4_LINEAR(input, *weight, self.input_scale, self.bias)
+            return _NVFP4_WEIGHT_ONLY(input, *weight, bias, self.plan_n)
+        return _NVFP4_LINEAR(input, *weight, self._input_tensor("input_scale"), bias, self.plan_n)
 
     def dequantized_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight [N, K] that the codes and scales stand for, rounded once to ``dtype``."""
@@ -193,7 +217,8 @@ class MXFP8Linear(QuantizedLinear):
     def forward(self, input: Tensor) -> Tensor:
         """[..., K] to [..., N] in the dtype of the input."""
         run = _MXFP8_WEIGHT_ONLY if self.activation is Activation.NONE else _MXFP8_LINEAR
-        return run(input, self.weight, self.weight_scale, self.bias)
+        weight, scale = self._operand("weight"), self._operand("weight_scale")
+        return run(input, weight, scale, self._operand("bias"), self.plan_n)
 
     def dequantized_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight [N, K] that the codes and scales stand for, rounded once to ``dtype``."""
@@ -233,7 +258,12 @@ def _specs(
     return {tensor.leaf: StoredSpec(tensor.dtype, tensor.shapes[0]) for tensor in stored}
 
 
-def _two_dimensional(scale: Tensor) -> Tensor:
+def _is_fused() -> bool:
+    """Whether this call is being compiled; exported programs keep the layers' own tensors."""
+    return torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+
+
+def _two_dimensional(scale: Any) -> Any:
     """ModelOpt's [N / 128, 1, K / 128, 1] as [N / 128, K / 128]; other ranks as they are."""
     return scale.squeeze(3).squeeze(1) if scale.dim() == 4 else scale
 
