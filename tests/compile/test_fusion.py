@@ -1,0 +1,90 @@
+"""The compile pass: what it rewrites, and that not a bit changes on the CPU."""
+
+import pytest
+import torch
+import torch._inductor.config as inductor_config
+
+import mokernels.compile
+from mokernels.compile.fusion import FusionPass
+from mokernels.compile.hook import HOOK, Chain, enabled_pass
+from mokernels.compile.options import FusionOptions, split_options
+from mokernels.errors import ArgumentError
+from mokernels.formats import FORMATS
+from mokernels.layers import finish_loading, make_layer
+from tests.support.models import quantized_tensors
+
+K = 128
+
+
+class Block(torch.nn.Module):
+    """RMSNorm, three projections of its output, and SiLU of one times another."""
+
+    def __init__(self, format):
+        super().__init__()
+        self.norm = torch.nn.Parameter(torch.rand(K).bfloat16() + 0.5)
+        for index, name in enumerate(("q_proj", "k_proj", "v_proj", "o_proj")):
+            torch.manual_seed(index)
+            linear = torch.nn.Linear(K, K, bias=False, dtype=torch.bfloat16)
+            stored = quantized_tensors(format, linear.weight.detach())
+            layer = make_layer(linear, FORMATS[format])
+            for leaf, tensor in stored.items():
+                getattr(layer, leaf).data = tensor
+            setattr(self, name, layer)
+        finish_loading(self)
+
+    def forward(self, x):
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)
+        h = self.norm * wide.to(x.dtype)
+        gate, up = self.q_proj(h), self.k_proj(h)
+        return self.o_proj(torch.nn.functional.silu(gate) * up) + self.v_proj(h)
+
+
+@pytest.fixture
+def hook():
+    before = getattr(inductor_config, HOOK)
+    setattr(inductor_config, HOOK, None)
+    yield
+    setattr(inductor_config, HOOK, before)
+
+
+@pytest.mark.parametrize("format", ["FP8", "FP8_PER_CHANNEL_PER_TOKEN", "NVFP4", "MXFP8"])
+def test_one_quantization_serves_all_projections_and_no_bit_changes(format, hook):
+    torch._dynamo.reset()
+    block = Block(format)
+    ours = FusionPass()
+    x = torch.randn(3, 5, K, generator=torch.Generator().manual_seed(1)).bfloat16()
+    patches = {"emulate_precision_casts": True, "force_disable_caches": True, HOOK: ours}
+    with torch.no_grad(), inductor_config.patch(**patches):
+        assert torch.equal(torch.compile(block, fullgraph=True)(x), block(x))
+    (report,) = ours.reports
+    shared = [r for r in report.rewrites if r.what == "shared quantization"]
+    assert [r.modules for r in shared] == [("k_proj",), ("v_proj",)]
+
+
+def test_disable_takes_back_only_ours(hook):
+    def foreign(graph):
+        return None
+
+    setattr(inductor_config, HOOK, Chain(foreign))
+    mokernels.compile.enable()
+    assert mokernels.compile.is_enabled()
+    assert enabled_pass() is not None
+    mokernels.compile.disable()
+    assert not mokernels.compile.is_enabled()
+    assert getattr(inductor_config, HOOK) is foreign
+
+
+def test_the_uuid_follows_the_options():
+    plain, other = FusionPass(), FusionPass(FusionOptions(fuse_norm=False))
+    assert plain.uuid() == FusionPass().uuid() != other.uuid()
+
+
+def test_options_are_split_and_checked():
+    ours, inductors = split_options({"mokernels.expand": False, "max_autotune": True})
+    assert ours == FusionOptions(expand=False)
+    assert inductors == {"max_autotune": True}
+    with pytest.raises(ArgumentError, match=r"'mokernels.fuse_all', wanted one of"):
+        split_options({"mokernels.fuse_all": True})
+    with pytest.raises(ArgumentError, match="wanted True or False"):
+        split_options({"mokernels.expand": 1})
