@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Iterator
 
 import pytest
 from hypothesis import settings
@@ -25,3 +27,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     # The interpreted suite takes longest; begun last, it would run while other workers are idle.
     items.sort(key=lambda item: not item.nodeid.startswith("tests/test_interpreted_kernels.py"))
+
+
+@pytest.fixture(autouse=True)
+def fusion_is_this_tests_own() -> Iterator[None]:
+    """Loading a checkpoint lets Inductor fuse in this process: not beyond the test that loads."""
+    yield
+    if "mokernels.compile.hook" in sys.modules:
+        sys.modules["mokernels.compile.hook"].disable()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from mokernels import compile as mokernels_compile
+from mokernels.compile import enable
 from mokernels.layers.linear import QuantizedLinear
 from mokernels.layers.siblings import link_siblings
 
@@ -21,4 +21,4 @@ def finish_loading(model: nn.Module) -> None:
             module.requires_grad_(False)
             module.refresh()
     link_siblings(model)
-    mokernels_compile.enable()
+    enable()
