@@ -30,11 +30,11 @@ def calls(graph: Graph, names: Iterable[str]) -> list[Node]:
 
 
 def arguments(node: Node) -> dict[str, Any]:
-    """All arguments of a call of an operator by name, with the defaults of its schema."""
+    """All arguments of a call of an operator by name, in its schema's order, with its defaults."""
     schema = node.target._schema.arguments  # type: ignore[union-attr]
     given = dict(zip((argument.name for argument in schema), node.args, strict=False))
-    defaults = {a.name: a.default_value for a in schema if a.has_default_value()}
-    return {**defaults, **given, **node.kwargs}
+    given |= node.kwargs
+    return {a.name: given.get(a.name, a.default_value) for a in schema}
 
 
 def value(node: Any) -> Any:
