@@ -52,9 +52,10 @@ def report(model: nn.Module | None = None) -> CompileReport:
     Returns:
         A :class:`mokernels.compile.reports.CompileReport`; print it.
     """
-    from mokernels.compile.fusion import PASSES
+    from mokernels.compile.fusion import PASSES, count_kernels
     from mokernels.compile.reports import CompileReport
 
+    count_kernels()
     graphs: list[Any] = [graph for made in PASSES for graph in made.reports]
     if model is not None:
         names = [name for name, _ in model.named_modules()]

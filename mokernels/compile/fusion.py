@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch._inductor import metrics
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch.fx import Graph, Node
 
@@ -48,15 +49,30 @@ class FusionPass(CustomGraphPass):
     def __init__(self, options: FusionOptions | None = None) -> None:
         self.options = options or FusionOptions()
         self.reports: list[GraphReport] = []
+        self._kernels_before: int | None = None
 
     def __call__(self, graph: Graph) -> None:
         """Rewrite ``graph`` in place."""
+        count_kernels()
+        self.count_kernels()
         if not calls(graph, (*_LINEARS, *QUANTIZERS, *ROWS)):
             return
         rewrites = self._rewrite(graph)
         graph.eliminate_dead_code()
         graph.lint()
         self.reports.append(graph_report(graph, rewrites))
+        self._kernels_before = metrics.generated_kernel_count
+
+    def count_kernels(self) -> None:
+        """Add to the last report how many kernels Inductor has written since; it is done by now."""
+        if self._kernels_before is None:
+            return
+        # Somebody may have reset Inductor's counter: then it is not known.
+        written = metrics.generated_kernel_count - self._kernels_before
+        self.reports[-1] = replace(
+            self.reports[-1], inductor_kernels=written if written >= 0 else None
+        )
+        self._kernels_before = None
 
     def uuid(self) -> Any:
         """Changes with every source that the pass' result depends on, and with the options."""
@@ -108,6 +124,12 @@ def _on_cpu(graph: Graph) -> bool:
 def _device(node: Node) -> str:
     first = value(node.args[0])
     return first.device.type if isinstance(first, torch.Tensor) else "cpu"
+
+
+def count_kernels() -> None:
+    """Complete the reports of all passes; Inductor compiles one graph after the other."""
+    for made in PASSES:
+        made.count_kernels()
 
 
 @cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator as python_operator
+import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -114,11 +115,10 @@ def module_of(node: Node) -> str:
 
 def clean_path(path: str) -> str:
     """Dynamo's ``L['self']._modules['model'].layers[0]`` as ``model.layers.0``."""
-    for old, new in (("L['self']", ""), ("L['fn']", ""), ("_modules", ""), ("_orig_mod", "")):
+    path = _ROOT.sub("", path)
+    for old, new in (("_modules", ""), ("_orig_mod", ""), ("[", "."), ("]", ".")):
         path = path.replace(old, new)
-    for bracket in ("['", '["', "[", "']", '"]', "]"):
-        path = path.replace(bracket, "." if "[" in bracket else "")
-    return ".".join(part for part in path.split(".") if part)
+    return ".".join(part.strip("'\"") for part in path.split(".") if part)
 
 
 def _without_defaults(target: Any, args: Sequence[Any]) -> tuple[Any, ...]:
@@ -135,4 +135,6 @@ def _without_defaults(target: Any, args: Sequence[Any]) -> tuple[Any, ...]:
     return tuple(kept)
 
 
+# The variable of the compiled frame that holds the model: "self", "fn", whatever the user wrote.
+_ROOT = re.compile(r"^[LG]\[['\"][^'\"]*['\"]\]")
 _OF_THE_VALUE = frozenset({"val", "tensor_meta", "eager_input_vals"})

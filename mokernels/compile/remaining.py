@@ -1,8 +1,10 @@
 """Last rewrite: quantizations that nothing of ours took in.
 
 Behind code that Inductor writes they become plain torch operations, which Inductor fuses with that
-code. Behind anything else (attention, another operator, an input of the graph) they go back into
-the linear operator if one GEMM takes them: its launcher can quantize in the GEMM's own launch.
+code, to the bits of our own kernels: where the device's casts to E4M3 round once, and with
+reciprocals in fp64, since Triton's own in fp32 are approximate. Behind anything else (attention,
+another operator, an input of the graph) they go back into the linear operator if one GEMM takes
+them: its launcher can quantize in the GEMM's own launch.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from mokernels.compile.graph import (
 )
 from mokernels.compile.split import PAIR_QUANTIZERS, QUANTIZERS
 from mokernels.ops.registry import operator, reference_of
+from mokernels.ops.target import target_of
 
 EXPANDED_ON_GPU = ("quantize_fp8", "quantize_fp8_per_token")
 """What Inductor writes as one kernel with what comes before; blocks take it two."""
@@ -46,6 +49,7 @@ _VIEWS = (
     aten.split_with_sizes.default,
     python_operator.getitem,
 )
+_CONVERT = torch.ops.prims.convert_element_type.default
 _COPIES = (aten.clone.default, aten.cat.default)
 
 
@@ -54,11 +58,17 @@ def expand_quantizations(graph: Graph) -> list[Node]:
     expanded = []
     for node in calls(graph, QUANTIZERS):
         x = node.args[0]
-        names = EXPANDED_ON_CPU if value(x).device.type == "cpu" else EXPANDED_ON_GPU
-        if name_of(node) in names and is_inductors(x):
+        if name_of(node) in _expandable(value(x).device) and is_inductors(x):
             inline(graph, node)
             expanded.append(node)
     return expanded
+
+
+def _expandable(device: torch.device) -> tuple[str, ...]:
+    """Quantizations that Inductor's code for the device computes to the bit, in one kernel."""
+    if device.type == "cpu":
+        return EXPANDED_ON_CPU
+    return EXPANDED_ON_GPU if target_of(device).casts_fp8_once else ()
 
 
 def quantize_in_gemm(graph: Graph) -> list[Node]:
@@ -111,6 +121,8 @@ def inline(graph: Graph, node: Node) -> None:
 
     with fake_mode_of(values):
         traced = fwd_only(computed, [values[index] for index in tensors])
+        if values[0].device.type != "cpu":
+            _round_reciprocals_once(traced.graph)
     placeholders = traced.graph.find_nodes(op="placeholder")
     bound = {p: given[index] for p, index in zip(placeholders, tensors, strict=True)}
     with graph.inserting_before(node):
@@ -120,6 +132,20 @@ def inline(graph: Graph, node: Node) -> None:
         replace_items(node, results)
     else:
         node.replace_all_uses_with(results[0])
+        graph.erase_node(node)
+
+
+def _round_reciprocals_once(graph: Graph) -> None:
+    """Compute fp32 reciprocals in fp64, which rounds to the same as IEEE division in fp32.
+
+    Double rounding is innocent here: 53 bits are more than twice 24 and two.
+    """
+    for node in graph.find_nodes(op="call_function", target=aten.reciprocal.default):
+        with graph.inserting_before(node):
+            wide = call(graph, _CONVERT, (node.args[0], torch.float64), like=node)
+            inverse = call(graph, aten.reciprocal.default, (wide,), like=node)
+            result = call(graph, _CONVERT, (inverse, torch.float32), like=node)
+        node.replace_all_uses_with(result)
         graph.erase_node(node)
 
 

@@ -34,11 +34,16 @@ class GraphReport:
 
     Attributes:
         rewrites: in the order in which they were done.
-        calls: operators of ours that the finished graph calls, in order, with the module's path.
+        calls: operators of ours that the finished graph calls, in order, with the module's path;
+            on a GPU one launch each, two where one quantizes many rows before a GEMM or splits K.
+        inductor_kernels: launches of kernels that Inductor wrote beside them; None until the next
+            graph is compiled or :func:`mokernels.compile.report` is called. Calls of libraries
+            (attention, unquantized GEMMs) are not among them.
     """
 
     rewrites: tuple[Rewrite, ...]
     calls: tuple[tuple[str, str], ...]
+    inductor_kernels: int | None = None
 
     @property
     def modules(self) -> frozenset[str]:
@@ -97,7 +102,9 @@ def layer_of(path: str) -> str:
 
 
 def _lines(index: int, graph: GraphReport) -> list[str]:
-    lines = [f"graph {index}: {len(graph.calls)} calls of mokernels' operators"]
+    written = graph.inductor_kernels
+    others = "" if written is None else f", {written} kernels by Inductor"
+    lines = [f"graph {index}: {len(graph.calls)} calls of mokernels' operators{others}"]
     for layer, count in graph.calls_per_layer().items():
         lines.append(f"  {layer or 'outside of numbered layers'}: {count} calls")
     for rewrite in graph.rewrites:

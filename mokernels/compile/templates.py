@@ -9,6 +9,7 @@ version of torch decomposes it to.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -94,7 +95,8 @@ def _traced(
     """The template's graph, or None where it cannot be traced (a dtype that it does not take)."""
     from torch._inductor.pattern_matcher import fwd_only
 
-    with FakeTensorMode(), torch._guards.tracing(None):
+    with FakeTensorMode(), torch._guards.tracing(None), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # templates are tried with dtypes that no model mixes
         tensors = [
             torch.empty(_shape(p.rank if p.rank >= 0 else rank), dtype=p.dtype, device=device)
             for p in parameters

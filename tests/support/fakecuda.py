@@ -9,10 +9,9 @@ ends when the source of the wrapper is written. ::
 
 This patches private names of PyTorch. Where one is missing ``fake_cuda`` fails and lists it.
 
-Limits, all of the CPU-only build: indexing that Python hands to C++ (``x[0]``, ``x[None]``) and
-constants that Inductor computes on the device (the mask of an attention in plain operations) fail,
-and nothing can be tuned by measurement. Test operators, blocks and layers with the attention
-replaced, not whole models.
+Limits, all of the CPU-only build: indexing by tensors and constants that Inductor computes on the
+device (the mask of an attention in plain operations) fail, and nothing can be tuned by measurement.
+Test operators, blocks and layers with the attention replaced, not whole models.
 """
 
 from __future__ import annotations
@@ -28,7 +27,8 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.functional_tensor import FunctionalTensor
 
 from mokernels.ops.target import CUDA_TARGETS, Target
 from tests.support.aot import Compiled
@@ -81,6 +81,7 @@ def fake_cuda(capability: Capability) -> Iterator[FakeTensorMode]:
             stack.enter_context(mock.patch.object(owner_of(owner), name, replacement))
         stack.enter_context(mock.patch.object(triton.runtime.driver, "_active", driver))
         stack.enter_context(_device_interface(capability, properties))
+        stack.enter_context(_indexing())
         folder = stack.enter_context(TemporaryDirectory())
         folders = {"TORCHINDUCTOR_CACHE_DIR": folder, "TRITON_CACHE_DIR": folder}
         stack.enter_context(mock.patch.dict(os.environ, folders))
@@ -270,6 +271,42 @@ def _device_interface(capability: Capability, properties: SimpleNamespace) -> It
     faked = {"cuda": Interface, "cuda:0": Interface}
     with mock.patch.dict(device_interface.device_interfaces, faked):
         yield
+
+
+@contextmanager
+def _indexing() -> Iterator[None]:
+    """Indexing of tensors by numbers, slices, None and ... without a look at the device.
+
+    C++ makes the device of an indexed tensor the current one, which the CPU-only build refuses.
+    """
+    with ExitStack() as stack:
+        for tensor_class in (FakeTensor, FunctionalTensor):
+            stack.enter_context(mock.patch.object(tensor_class, "__getitem__", _item, create=True))
+        yield
+
+
+def _item(tensor: torch.Tensor, index: Any) -> torch.Tensor:
+    parts = index if isinstance(index, tuple) else (index,)
+    if not all(part is None or part is ... or isinstance(part, _PLAIN_INDEX) for part in parts):
+        return torch._C.TensorBase.__getitem__(tensor, index)
+    if not any(part is ... for part in parts):
+        parts = (*parts, ...)
+    skipped = tensor.dim() - sum(part is not None and part is not ... for part in parts)
+    result, dim = tensor, 0
+    for part in parts:
+        if part is None:
+            result = result.unsqueeze(dim)
+        elif isinstance(part, slice) and part != slice(None):
+            span = (part.start, part.stop, part.step or 1)
+            result = torch.ops.aten.slice.Tensor(result, dim, *span)
+        elif not isinstance(part, slice) and part is not ...:
+            result = result.select(dim, part)
+            dim -= 1
+        dim += skipped if part is ... else 1
+    return result
+
+
+_PLAIN_INDEX = (int, slice, torch.SymInt)
 
 
 def _properties(capability: Capability) -> SimpleNamespace:
