@@ -120,7 +120,9 @@ class Siblings:
         for leaf in leaves:
             parts = [getattr(member, leaf) for member in self.members]
             buffers[leaf] = self._repeated(parts) if parts[0].dim() == 0 else _moved(parts)
-            # A fixed address, as weights have: CUDA graphs need not copy them.
+            # As weights have: sizes that are numbers in every graph, and a fixed address, so that
+            # CUDA graphs need not copy them.
+            torch._dynamo.mark_static(buffers[leaf])
             torch._dynamo.mark_static_address(buffers[leaf], guard=False)
         self.buffers = buffers
         self._laid = tuple(member._parameters["weight"] for member in self.members)  # type: ignore[misc]

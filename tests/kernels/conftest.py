@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses import FakeTensor
 
 from tests.support.interpreter import install, interpreting
 from tests.support.sanitizer import install as install_sanitizer
@@ -57,7 +58,7 @@ def poisoned_allocations() -> Iterator[None]:
 def _poisoned(allocate: Callable[..., Any]) -> Callable[..., Any]:
     def call(*arguments: Any, **keywords: Any) -> Any:
         tensor = allocate(*arguments, **keywords)
-        if tensor.device.type != "meta":
+        if tensor.device.type != "meta" and not isinstance(tensor, FakeTensor):
             tensor.untyped_storage().fill_(0xFF)
         return tensor
 
