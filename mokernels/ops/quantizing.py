@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Literal
 
+from mokernels.formats import FP8_BLOCK
 from mokernels.ops.configs import GemmConfig
 from mokernels.ops.target import Target
 
-Activations = Literal["static", "token"]
-"""One calibrated scale of all activations, or one for each token."""
+Activations = Literal["static", "token", "block"]
+"""One calibrated scale of all activations, one for each token, or one for each 1x128 block."""
 
 STATIC_ROWS_IN_GEMM = 64
 """Most rows that a GEMM quantizes itself with a calibrated scale."""
@@ -16,6 +17,8 @@ STATIC_ROWS_ENCODED_BY_BITS = 32
 """The same where a cast to E4M3 is no instruction: with 64 rows sm_89 runs out of registers."""
 TOKEN_ROWS_IN_GEMM = 16
 """Most rows that a GEMM quantizes itself with a scale for each."""
+BLOCK_ROWS_IN_GEMM = 16
+"""Most rows that a GEMM quantizes itself in 1x128 blocks: a maximum for each step along K."""
 TOKEN_K_IN_GEMM = 8192
 """Largest K of which every program of a GEMM looks for the rows' maxima."""
 
@@ -45,6 +48,8 @@ def quantizes_in_gemm(
     """
     if not target.has_fp8_dot or not _fits(x_bytes, config, target):
         return False
+    if activations == "block":
+        return m <= BLOCK_ROWS_IN_GEMM and config.block_k == FP8_BLOCK
     if activations == "token":
         return m <= TOKEN_ROWS_IN_GEMM and k <= TOKEN_K_IN_GEMM
     return m <= (STATIC_ROWS_IN_GEMM if target.casts_fp8_once else STATIC_ROWS_ENCODED_BY_BITS)

@@ -12,7 +12,11 @@ from torch import Tensor
 
 from mokernels import numerics
 from mokernels.ops import launch
-from mokernels.ops.launch.linear import plan_fp8_linear, plan_fp8_per_token_linear
+from mokernels.ops.launch.linear import (
+    plan_fp8_block_linear,
+    plan_fp8_linear,
+    plan_fp8_per_token_linear,
+)
 from mokernels.ops.quantizing import TOKEN_ROWS_IN_GEMM
 from mokernels.ops.target import GFX942, GFX950, SM_80, SM_90, Target
 from tests.kernels.activations import hard_rows
@@ -37,8 +41,11 @@ NAMES = {BF16: "bfloat16", FP16: "float16", FP32: "float32"}
 QUANTIZING = [t for t in (*TARGETS, *([GFX950] if interpreting() else [])) if t.has_fp8_dot]
 targets = st.sampled_from(QUANTIZING)
 every_target = pytest.mark.parametrize("target", QUANTIZING, ids=lambda target: target.name)
-hows = st.sampled_from(["static", "token"])
-every_how = pytest.mark.parametrize("how", ["static", "token"])
+HOWS = ("static", "token", "block")
+BLOCKS = [target for target in QUANTIZING if target.backend == "cuda"]
+"""Targets whose steps along K are 128 long, the length of a block."""
+hows = st.sampled_from(HOWS)
+every_how = pytest.mark.parametrize("how", HOWS)
 tokens = st.sampled_from([(1,), (2,), (16,), (2, 5), (1, 1, 3)])
 inner = st.sampled_from([1, 40, 128, 130, 256, 300, 1100])
 
@@ -51,7 +58,12 @@ def fused(
     how: str, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, target: Target
 ) -> Tensor:
     """In the GEMM's own launch, which is checked."""
-    if how == "static":
+    if how == "block":
+        if target not in BLOCKS:
+            return in_two(how, x, weight, scale, bias, target)
+        arguments = (x, weight, scale, bias)
+        planned, linear = plan_fp8_block_linear(*arguments, target=target), launch.fp8_block_linear
+    elif how == "static":
         arguments = (x, weight, scale, input_scale(x), bias, None)
         planned, linear = plan_fp8_linear(*arguments, target=target), launch.fp8_linear
     else:
@@ -60,7 +72,7 @@ def fused(
             plan_fp8_per_token_linear(*arguments, target=target),
             launch.fp8_per_token_linear,
         )
-    assert names(planned)[0] == "gemm_quantizing"
+    assert names(planned)[0] == ("gemm_block" if how == "block" else "gemm_quantizing")
     assert names(planned)[1:] in ([], ["reduce_splits"])
     return linear(*arguments, target=target)
 
@@ -72,8 +84,10 @@ def in_two(
     if how == "static":
         multiplier, x_scale = numerics.static_fp8_scales(input_scale(x))
         codes = launch.quantize_fp8(x, x_scale, multiplier, target=target)
-    else:
+    elif how == "token":
         codes, x_scale = launch.quantize_fp8_per_token(x, target=target)
+    else:
+        codes, x_scale = launch.quantize_fp8_per_block(x, target=target)
     return launch.fp8_gemm(codes, weight, x_scale, scale, bias, NAMES[x.dtype], target=target)
 
 
@@ -82,15 +96,16 @@ def input_scale(x: Tensor) -> Tensor:
     return torch.tensor(2.0 / 448, device=x.device)
 
 
-@settings(max_examples=30)
-@given(seeds, targets, hows, tokens, columns, inner, st.booleans(), floats, biases, layouts)
+@settings(max_examples=40)
+@given(seeds, targets, hows, tokens, columns, inner, st.integers(0, 2), floats, biases, layouts)
 def test_the_bits_are_those_of_quantizing_first(
-    device, seed, target, how, lead, n, k, per_channel, dtype, bias_dtype, layout
+    device, seed, target, how, lead, n, k, rank, dtype, bias_dtype, layout
 ):  # fmt: skip
     draw = Draw(device, seed)
     x = restride(draw.normal(*lead, k, dtype=dtype), layout)
     weight, bias = restride(draw.e4m3(n, k), layout), draw.bias(n, bias_dtype)
-    operands = (x, weight, draw.scale(*([n] if per_channel else [])), bias)
+    shapes = ((), (n,), (-(-n // 128), -(-k // 128)) if how == "block" else (n,))
+    operands = (x, weight, draw.scale(*shapes[rank]), bias)
     assert_same_bits(fused(how, *operands, target), in_two(how, *operands, target))
 
 
@@ -196,7 +211,10 @@ def test_a_fused_group_equals_its_members_to_the_bit(device, how):
     x, weight, scale = draw.normal(5, 1100, dtype=BF16), draw.e4m3(512, 1100), draw.scale(512)
     whole = fused(how, x, weight, scale, None, target)
     for rows in (slice(0, 128), slice(128, 512)):
-        if how == "static":
+        if how == "block":
+            operands = (x, weight[rows], scale[rows], None, 512)
+            member = launch.fp8_block_linear(*operands, target=target)
+        elif how == "static":
             part = (weight[rows], scale[rows], input_scale(x), None, None, 512)
             member = launch.fp8_linear(x, *part, target=target)
         else:

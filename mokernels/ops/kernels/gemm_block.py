@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from mokernels.ops.kernels.gemm_quantizing import quantized
+from mokernels.ops.kernels.quantize import amax_of, fp8_multiplier
 from mokernels.ops.kernels.tiles import (
     as_operand,
     by_rows,
@@ -21,31 +23,28 @@ from mokernels.ops.kernels.tiles import (
 
 
 @triton.jit
-def block_factor(
-    scale_x,
-    x_offsets,
-    in_m,
-    stride_x_block,
-    scale_w,
-    w_offset,
-    stride_w_block,
-    block,
-    SWAP: tl.constexpr,
-):
-    """What multiplies the products of K block ``block``, broadcastable against the accumulator.
-
-    A scale that is None has no blocks; one of the two has.
-    """
-    if scale_x is None:
-        factor = tl.load(scale_w + w_offset + block * stride_w_block)
+def by_x_rows(scale, SWAP: tl.constexpr):
+    """Scales of rows of x [BLOCK_M], broadcastable against the accumulator."""
+    if SWAP:
+        rows = scale[None, :]
     else:
-        rows = tl.load(scale_x + x_offsets + block * stride_x_block, mask=in_m, other=0.0)
+        rows = scale[:, None]
+    return rows
+
+
+@triton.jit
+def block_factor(rows, scale_w, SWAP: tl.constexpr):
+    """What multiplies the products of a K block, broadcastable against the accumulator.
+
+    ``rows`` are the scales of x [BLOCK_M], ``scale_w`` points to the one of the weight; a scale
+    that is None has no blocks, and one of the two has.
+    """
+    if rows is None:
+        factor = tl.load(scale_w)
+    else:
         if scale_w is not None:
-            rows = rows * tl.load(scale_w + w_offset + block * stride_w_block)
-        if SWAP:
-            factor = rows[None, :]
-        else:
-            factor = rows[:, None]
+            rows = rows * tl.load(scale_w)
+        factor = by_x_rows(rows, SWAP)
     return factor
 
 
@@ -65,13 +64,13 @@ def gemm_block(
     stride_x,
     stride_w,
     stride_bx,
-    stride_bx_block,
     stride_bw,
-    stride_bw_block,
     stride_sx,
     stride_sw,
     blocks_per_split,
     COMPUTE: tl.constexpr,
+    QUANTIZE: tl.constexpr,
+    CASTS_ONCE: tl.constexpr,
     EVEN_K: tl.constexpr,
     SPLIT: tl.constexpr,
     SWAP: tl.constexpr,
@@ -83,10 +82,12 @@ def gemm_block(
     """The product of FP8 codes with block scales, ended as in gemm_epilogue.
 
     The sum over k is of x[m, k] * w[n, k] * bx[m, k // 128] * bw[n // 128, k // 128]; bx and bw are
-    ``block_scale_x`` and ``block_scale_w``. One of them may be None (1), and its operand may have a
-    scale of the finished sum instead. BLOCK_K and BLOCK_N divide 128, so that a step along K meets
-    one scale for each row of x, and one for the tile's weights. The sum over steps is in fp32,
-    whatever the hardware does inside one.
+    ``block_scale_x`` and ``block_scale_w``, contiguous along K. One of them may be None (1), and
+    its operand may have a scale of the finished sum instead. BLOCK_K and BLOCK_N divide 128, so
+    that a step along K meets one scale for each row of x, and one for the tile's weights. The sum
+    over steps is in fp32, whatever the hardware does inside one.
+    With QUANTIZE x is bf16, fp16 or fp32, and each program quantizes what it reads as
+    quantize_blocks does, to the bit; BLOCK_K is 128 then, and ``block_scale_x`` None.
     With SPLIT, ``out`` is the fp32 workspace of partial sums [splits, M, N].
     """
     tile_m, tile_n = tile_of_program(M, N, BLOCK_M, BLOCK_N, GROUP_M)
@@ -94,26 +95,29 @@ def gemm_block(
     rn = indices(tile_n, BLOCK_N)
     x_rows = row_pointers(x, rm, stride_x)
     w_rows = weight_rows(w, rn, N, stride_w)
-    bx_offsets = rm.to(tl.int64) * stride_bx
-    bw_offset = tile_n * BLOCK_N // 128 * stride_bw
+    if block_scale_x is not None:
+        bx_rows = block_scale_x + rm.to(tl.int64) * stride_bx
+    if block_scale_w is not None:
+        block_scale_w += tile_n * BLOCK_N // 128 * stride_bw
     start, stop = split_bounds(K, blocks_per_split, BLOCK_K)
     acc = new_accumulator(BLOCK_M, BLOCK_N, SWAP)
     for k in range(start, stop, BLOCK_K):
-        x_tile = as_operand(load_activations(x_rows, rm < M, k, BLOCK_K, K, EVEN_K), COMPUTE)
+        x_tile = load_activations(x_rows, rm < M, k, BLOCK_K, K, EVEN_K)
         w_tile = as_operand(load_weights(w_rows, k, BLOCK_K, K, EVEN_K), COMPUTE)
-        factor = block_factor(
-            block_scale_x,
-            bx_offsets,
-            rm < M,
-            stride_bx_block,
-            block_scale_w,
-            bw_offset,
-            stride_bw_block,
-            k // 128,
-            SWAP,
-        )
+        bw = block_scale_w
+        if block_scale_w is not None:
+            bw += k // 128
+        bx = None
+        if QUANTIZE:
+            multiplier = fp8_multiplier(amax_of(x_tile.to(tl.float32), 1))
+            x_tile = quantized(x_tile, multiplier[:, None], k, K, BLOCK_K, EVEN_K, CASTS_ONCE)
+            bx = tl.div_rn(1.0, multiplier)
+        else:
+            x_tile = as_operand(x_tile, COMPUTE)
+            if block_scale_x is not None:
+                bx = tl.load(bx_rows + k // 128, mask=rm < M, other=0.0)
         zeros = new_accumulator(BLOCK_M, BLOCK_N, SWAP)
-        acc += multiply(x_tile, w_tile, zeros, SWAP, None) * factor
+        acc += multiply(x_tile, w_tile, zeros, SWAP, None) * block_factor(bx, bw, SWAP)
     acc = by_rows(acc, SWAP)
     if SPLIT:
         store_partial(acc, rm, rn, M, N, out)

@@ -30,6 +30,7 @@ from mokernels.ops.launch.product import (
     codes_of,
     dense_columns,
     plan_product,
+    row_stride,
     rows_of,
     run,
 )
@@ -301,7 +302,7 @@ def _plan_fp8(
     w = codes_of(dense_columns(b), target)
     (m, k), n = x.shape, w.shape[0]
     config = choose(kind, m, n, k, target, plan_n)
-    block_scale_w = scale_b if scale_b.dim() == 2 else None
+    block_scale_w = dense_columns(scale_b) if scale_b.dim() == 2 else None
     ending = replace(ending, scale_w=scale_b if block_scale_w is None else None)
     if block_scale_x is None and block_scale_w is None:
         operands = Operands((x, w), (x.stride(0), w.stride(0)), (m, n, k))
@@ -310,10 +311,11 @@ def _plan_fp8(
         )
     operands = Operands(
         (x, w, block_scale_x, block_scale_w),
-        (x.stride(0), w.stride(0), *_strides(block_scale_x), *_strides(block_scale_w)),
+        (x.stride(0), w.stride(0), row_stride(block_scale_x), row_stride(block_scale_w)),
         (m, n, k),
     )
-    return plan_product(gemm_block, operands, ending, config, COMPUTE=compute)
+    constants = {"COMPUTE": compute, "QUANTIZE": False, "CASTS_ONCE": target.casts_fp8_once}
+    return plan_product(gemm_block, operands, ending, config, **constants)
 
 
 def _plan_decode(
@@ -359,8 +361,3 @@ def _plan_native(
     element = "e2m1" if kind is Kind.NVFP4 else "e4m3"
     operands = Operands(pointers, strides, sizes)
     return plan_product(gemm_native, operands, ending, config, ELEMENT=element)
-
-
-def _strides(scale: Tensor | None) -> tuple[int, int]:
-    """Row stride and block stride of 2-D block scales; zeros for none."""
-    return (0, 0) if scale is None else (scale.stride(0), scale.stride(1))

@@ -30,7 +30,11 @@ from mokernels.ops.launch.quantize import (
     plan_quantize_mxfp8,
     plan_quantize_nvfp4,
 )
-from mokernels.ops.launch.quantizing import Static, plan_quantizing_gemm
+from mokernels.ops.launch.quantizing import (
+    Static,
+    plan_block_quantizing_gemm,
+    plan_quantizing_gemm,
+)
 from mokernels.ops.target import Target, target_of
 
 
@@ -166,6 +170,9 @@ def plan_fp8_block_linear(
     target: Target,
 ) -> Planned:
     """One scale for each 1x128 block."""
+    planned = plan_block_quantizing_gemm(x, weight, weight_scale, bias, plan_n, target=target)
+    if planned is not None:
+        return planned
     (codes, scale), quantize = plan_quantize_fp8_per_block(x, target=target)
     out, multiply = plan_fp8_gemm(
         codes, weight, scale, weight_scale, bias, x.dtype, plan_n=plan_n, target=target

@@ -129,6 +129,11 @@ def dense_columns(w: Tensor) -> Tensor:
     return w if w.stride(-1) == 1 else w.contiguous()
 
 
+def row_stride(scale: Tensor | None) -> int:
+    """Of block scales [rows, blocks]; 0 for none."""
+    return 0 if scale is None else scale.stride(0)
+
+
 def codes_of(codes: Tensor, target: Target) -> Tensor:
     """E4M3 codes (or scales) as a kernel for ``target`` reads them: bytes if it lacks the type."""
     return codes if target.has_fp8_type else codes.view(torch.uint8)

@@ -5,11 +5,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import triton.language as tl
 from torch import Tensor
 
 from mokernels.ops.configs import choose, kind_of_fp8
+from mokernels.ops.kernels.gemm_block import gemm_block
 from mokernels.ops.kernels.gemm_quantizing import gemm_quantizing
-from mokernels.ops.launch.product import Ending, Operands, Planned, dense_columns, plan_product
+from mokernels.ops.launch.product import (
+    Ending,
+    Operands,
+    Planned,
+    dense_columns,
+    plan_product,
+    row_stride,
+)
 from mokernels.ops.launch.quantize import rows_of
 from mokernels.ops.quantizing import Activations, quantizes_in_gemm
 from mokernels.ops.target import Target
@@ -79,4 +88,50 @@ def plan_quantizing_gemm(
         QUANTIZE=how,
         CASTS_ONCE=target.casts_fp8_once,
         PROMOTE=config.promote,
+    )
+
+
+def plan_block_quantizing_gemm(
+    x: Tensor,
+    b: Tensor,
+    scale_b: Tensor,
+    bias: Tensor | None,
+    plan_n: int = 0,
+    *,
+    target: Target,
+) -> Planned | None:
+    """[..., N] of x's dtype from float x [..., K], quantized in 1x128 blocks, and E4M3 b [N, K].
+
+    Args:
+        x: bf16, fp16 or fp32.
+        b: codes.
+        scale_b: of b: [], [N] or of 128x128 blocks.
+        bias: [N] or None.
+        plan_n: rows of the fused group that b belongs to; 0 if it stands alone.
+        target: the device's kind.
+
+    Returns:
+        As :func:`plan_quantizing_gemm`.
+    """
+    rows = rows_of(x)
+    m, k, n = rows.total, rows.k, b.shape[0]
+    config = choose(kind_of_fp8(target, True, False), m, n, k, target, plan_n)
+    fits = quantizes_in_gemm("block", m, k, x.element_size(), config, target)
+    if rows.nested or not fits:
+        return None
+    out, w = x.new_empty((*x.shape[:-1], n)), dense_columns(b)
+    blocks = dense_columns(scale_b) if scale_b.dim() == 2 else None
+    operands = Operands(
+        (rows.tensor, w, None, blocks),
+        (rows.inner_stride, w.stride(0), 0, row_stride(blocks)),
+        (m, n, k),
+    )
+    return out, plan_product(
+        gemm_block,
+        operands,
+        Ending(out, bias, None, scale_b if blocks is None else None),
+        config,
+        COMPUTE=tl.float8e4nv,
+        QUANTIZE=True,
+        CASTS_ONCE=target.casts_fp8_once,
     )
