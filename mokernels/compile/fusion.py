@@ -82,8 +82,8 @@ class FusionPass(CustomGraphPass):
         options, rewrites = self.options, []
         split_linears(graph)
         if options.share_quantization:
-            for node in share_quantizations(graph):
-                rewrites.append(_rewrite("shared quantization", name_of(node), node))
+            for node, count, modules in share_quantizations(graph):
+                rewrites.append(Rewrite(f"one quantization for {count}", name_of(node), modules))
         if options.merge_projections and not _on_cpu(graph):
             for gemm, parts in merge_projections(graph):
                 rewrites.append(_rewrite(f"one GEMM for {len(parts)}", name_of(gemm), *parts))

@@ -16,7 +16,7 @@ class Rewrite:
     """One rewrite that fired, or a quantization that was left as it is.
 
     Attributes:
-        what: ``"residual + RMSNorm + quantize"``, ``"one GEMM for 3"``, ``"left"``, ...
+        what: ``"residual + RMSNorm + quantize"``, ``"one GEMM for 3"``, ...
         operator: the operator that runs now.
         modules: paths of the layers concerned, in the user's model.
         why: for what was left.

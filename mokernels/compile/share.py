@@ -26,6 +26,7 @@ from mokernels.compile.graph import (
     name_of,
     value,
 )
+from mokernels.compile.reports import modules_of
 from mokernels.compile.split import QUANTIZERS
 from mokernels.formats import FP8_BLOCK
 
@@ -42,19 +43,22 @@ ROWS: Mapping[str, tuple[str, ...]] = MappingProxyType(
 """Arguments of the GEMMs that have one row (or item, or 128-row block) for each output feature."""
 
 
-def share_quantizations(graph: Graph) -> list[Node]:
-    """Let equal quantizations be one; returns those that have been removed."""
-    first: dict[tuple[Any, ...], Node] = {}
-    removed = []
+def share_quantizations(graph: Graph) -> list[tuple[Node, int, tuple[str, ...]]]:
+    """Let equal quantizations be one.
+
+    Returns:
+        Each that stands for several, for how many, and the paths of their layers.
+    """
+    equal: dict[tuple[Any, ...], list[Node]] = {}
     for node in calls(graph, QUANTIZERS):
-        key = (node.target, *node.args)
-        kept = first.setdefault(key, node)
-        if kept is not node:
+        equal.setdefault((node.target, *node.args), []).append(node)
+    shared = [nodes for nodes in equal.values() if len(nodes) > 1]
+    found = [(nodes[0], len(nodes), modules_of(nodes)) for nodes in shared]
+    for kept, *others in shared:
+        for node in others:
             _use_instead(node, kept)
-            removed.append(node)
-    for node in removed:
-        graph.erase_node(node)
-    return removed
+            graph.erase_node(node)
+    return found
 
 
 def merge_projections(graph: Graph) -> list[tuple[Node, list[Node]]]:

@@ -58,8 +58,8 @@ def test_one_quantization_serves_all_projections_and_no_bit_changes(format, hook
     with torch.no_grad(), inductor_config.patch(**patches):
         assert torch.equal(torch.compile(block, fullgraph=True)(x), block(x))
     (report,) = ours.reports
-    shared = [r for r in report.rewrites if r.what == "shared quantization"]
-    assert [r.modules for r in shared] == [("k_proj",), ("v_proj",)]
+    shared = [r for r in report.rewrites if r.what == "one quantization for 3"]
+    assert [r.modules for r in shared] == [("q_proj", "k_proj", "v_proj")]
 
 
 def test_disable_takes_back_only_ours(hook):
