@@ -78,7 +78,7 @@ def quantize_blocks(x: Tensor) -> tuple[Tensor, Tensor]:
     blocks = x.float().unflatten(-1, (-1, BLOCK))
     scale = blocks.abs().amax(-1).clamp(min=1e-12) / 448
     codes = (blocks / scale.unsqueeze(-1)).to(FP8).flatten(-2)
-    return codes, scale.t().contiguous().t()
+    return codes, scale.t().clone(memory_format=torch.contiguous_format).t()
 
 
 def multiply(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, fast: bool) -> Tensor:
