@@ -114,6 +114,7 @@ def build_layer(config: Any, convert: Convert, device: torch.device, seed: int) 
         layer = LlamaDecoderLayer(config, 0)
     layer = layer.to(BF16).to_empty(device=device).eval().requires_grad_(False)
     fill(layer, seed)
+    calm(layer, config.num_hidden_layers)
     replace_linears(layer, convert)
     return layer
 
@@ -125,6 +126,16 @@ def fill(module: nn.Module, seed: int) -> None:
         parameter.data.normal_(0, 0.02 if parameter.dim() > 1 else 0.1, generator=generator)
         if parameter.dim() == 1:
             parameter.data.add_(1)
+
+
+def calm(layer: nn.Module, layers: int) -> None:
+    """Let every layer add little to what passes it, as in trained models.
+
+    Otherwise a random model amplifies a single rounding until no two computations of it agree, and
+    nothing can be checked.
+    """
+    for linear in (layer.self_attn.o_proj, layer.mlp.down_proj):
+        linear.weight.data.mul_((2 * layers) ** -0.5)
 
 
 def replace_linears(module: nn.Module, convert: Convert) -> None:
@@ -190,6 +201,7 @@ class Decoder(nn.Module):
         self.norm = type(self.layers[0].input_layernorm)(sizes.hidden).to(device, BF16)
         for seed, part in enumerate((self.embedding, self.head, self.norm)):
             fill(part, 500 + seed)
+        self.embedding.weight.data.mul_(50)  # of size 1, as what passes the layers of real models
         self.rotary = rotary(config, device)
         self.begin = partial(self.start, batch, length)
         self.begin()
@@ -230,6 +242,9 @@ class Prefill(nn.Module):
 
         torch.manual_seed(0)
         model = transformers.LlamaForCausalLM(sizes.config()).to(device, BF16).eval()
+        for layer in model.model.layers:
+            calm(layer, sizes.layers)
+        model.model.embed_tokens.weight.data.mul_(50)
         replace_linears(model.model, convert)  # the head stays bf16
         self.model = model.requires_grad_(False)
         self.ids = torch.arange(tokens, device=device)[None] % sizes.vocab

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.support import llama
-from bench.support.checks import close_check
+from bench.support.checks import close_check, relative_error
 from bench.support.contest import Case, Contender, Contest, Peer, Setting, UnavailableError, Work
 from bench.support.timing import Call
 from mokernels.layers import QuantizedLinear
@@ -25,10 +25,9 @@ FORMAT_BYTES = {
 }
 """Of one weight with the scales of its blocks."""
 
-# A bf16 layer rounds about ten times, and a value near a tie gets the code beside it; with 4 bits
-# that is half of the value. A scale of the wrong projection or a lost tensor is off by far more.
-LAYER_BOUND = {"NVFP4": 0.08}
-DECODE_BOUND = {"NVFP4": 0.2}
+# Of logits. One rounding of all embeddings moves those of 30 such layers by 0.009 (FP8) and 0.016
+# (NVFP4), and Inductor, which rounds less often than eager, by as much.
+LOGITS_BOUND, OTHER_FORMAT_BOUND = 0.06, 0.15
 
 
 def layer_cases() -> Iterator[Case]:
@@ -82,7 +81,7 @@ def _cpu_contest(sizes: llama.Sizes, format: str, tokens: int, setting: Setting)
     sizes = llama.TINY if setting.small else sizes
     model = _cpu_model(setting, sizes, format, tokens)
     plain = _cpu_model(setting, sizes, None, tokens)
-    compiled, plain_compiled = setting.compiled(model), setting.compiled(plain)
+    compiled = setting.compiled(model)
     work = Work(
         2.0 * tokens * (sizes.layers * sizes.linear_weights + sizes.vocab * sizes.hidden), 0
     )
@@ -91,18 +90,16 @@ def _cpu_contest(sizes: llama.Sizes, format: str, tokens: int, setting: Setting)
         state.begin()
         return Contender(name, [_step_of(run)], work)
 
-    others = {
-        "eager mokernels": (model, model),
-        "compiled bf16": (plain_compiled, plain),
-        "eager bf16": (plain, plain),
-    }
+    others = {"eager mokernels": (model, model), "eager bf16": (plain, plain)}
+    if sizes is not llama.SMOLLM2_135M:  # compiling its 30 layers takes a minute each time
+        others["compiled bf16"] = (setting.compiled(plain), plain)
     expected = model()
     return Contest(
         contender("compiled mokernels", compiled, model),
         [Peer(name, partial(contender, name, *both)) for name, both in others.items()],
         # Inductor keeps fp32 between bf16 operations, where eager rounds.
-        close_check(expected, DECODE_BOUND.get(format, 0.1)),
-        close_check(expected, 0.6),
+        close_check(expected, LOGITS_BOUND),
+        close_check(expected, OTHER_FORMAT_BOUND),
     )
 
 
@@ -116,7 +113,7 @@ def _cpu_model(setting: Setting, sizes: llama.Sizes, format: str | None, tokens:
 def _layer_contest(format: str, m: int, setting: Setting) -> Contest:
     sizes = llama.TINY if setting.small else llama.LLAMA_8B
     ours = _layer_entry(setting, sizes, "compiled mokernels", format, m)
-    expected = _layer_on_cpu(setting, sizes, format, m)
+    expected, allowed = _layer_on_cpu(setting, sizes, format, m)
     return Contest(
         ours,
         [
@@ -126,8 +123,8 @@ def _layer_contest(format: str, m: int, setting: Setting) -> Contest:
                 partial(_layer_entry, setting, sizes, "compiled _scaled_mm", "scaled_mm", m),
             ),
         ],
-        close_check(expected, LAYER_BOUND.get(format, 0.03)),
-        close_check(expected, 0.25),
+        close_check(expected, allowed),
+        close_check(expected, 0.5),  # without the format's quantization, or with another
     )
 
 
@@ -170,8 +167,15 @@ def _layer_inputs(setting: Setting, sizes: llama.Sizes, m: int) -> tuple[Tensor,
     return hidden, rotations(hidden, places), None
 
 
-def _layer_on_cpu(setting: Setting, sizes: llama.Sizes, format: str, m: int) -> Tensor:
-    """The eager layer on the CPU, where our operators are their own definition."""
+def _layer_on_cpu(
+    setting: Setting, sizes: llama.Sizes, format: str, m: int
+) -> tuple[Tensor, float]:
+    """The update of the eager layer on the CPU, where our operators are their own definition.
+
+    And how far a right one may be from it: three times as far as it moves when its input moves by
+    one rounding. Values near a tie then get the code beside theirs, as they do when kernels add in
+    another order; with 4 bits that is half of the value.
+    """
     layer = llama.build_layer(sizes.config(), _converter(format), setting.device, seed=1)
     on_cpu = copy.deepcopy(layer).cpu()
     for module in on_cpu.modules():
@@ -179,7 +183,12 @@ def _layer_on_cpu(setting: Setting, sizes: llama.Sizes, format: str, m: int) -> 
             module.refresh()
     hidden, rotations, mask = _layer_inputs(setting, sizes, m)
     hidden, rotations = hidden.cpu(), tuple(part.cpu() for part in rotations)
-    return llama.run_layer(on_cpu, hidden, rotations, mask).float() - hidden.float()
+
+    def update(x: Tensor) -> Tensor:
+        return llama.run_layer(on_cpu, x, rotations, mask).float() - x.float()
+
+    expected = update(hidden)
+    return expected, max(0.01, 3 * relative_error(update(hidden * (1 + 2**-8)), expected))
 
 
 def _decode_contest(format: str, batch: int, setting: Setting) -> Contest:
@@ -200,9 +209,9 @@ def _decode_contest(format: str, batch: int, setting: Setting) -> Contest:
     return Contest(
         Contender("compiled mokernels", [_step_of(model)], work),
         [Peer(name, partial(peer, name, other)) for name, other in others.items()],
-        close_check(expected, DECODE_BOUND.get(format, 0.1)),
+        close_check(expected, LOGITS_BOUND),
         # The same weights without or with another quantization.
-        close_check(expected, 0.6),
+        close_check(expected, OTHER_FORMAT_BOUND),
     )
 
 
