@@ -67,7 +67,7 @@ def cpu_cases() -> Iterator[Case]:
                 yield Case(
                     name=f"{model} {format} {what}",
                     group="CPU: torch.compile(model) and eager",
-                    tier=1 if model == "small" else 2,
+                    tier=5 if model == "small" else 4,
                     build=partial(_cpu_contest, sizes, format, tokens),
                     facts={"model": model, "format": format, "tokens_per_call": tokens},
                     target=1.0,
