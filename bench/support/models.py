@@ -82,13 +82,11 @@ def _cpu_contest(sizes: llama.Sizes, format: str, tokens: int, setting: Setting)
     model = _cpu_model(setting, sizes, format, tokens)
     plain = _cpu_model(setting, sizes, None, tokens)
     compiled = setting.compiled(model)
-    work = Work(
-        2.0 * tokens * (sizes.layers * sizes.linear_weights + sizes.vocab * sizes.hidden), 0
-    )
 
     def contender(name: str, run: nn.Module, state: Any) -> Contender:
         state.begin()
-        return Contender(name, [_step_of(run)], work)
+        stored = None if state is plain else format
+        return Contender(name, [_step_of(run)], decode_work(sizes, stored, tokens))
 
     others = {"eager mokernels": (model, model), "eager bf16": (plain, plain)}
     if sizes is not llama.SMOLLM2_135M:  # compiling its 30 layers takes a minute each time
