@@ -21,6 +21,7 @@ from bench.support.catalog import (
     GROUPS,
     cases,
     note_for,
+    one_of_each,
     present_device,
     setting_for,
     small_setting,
@@ -116,7 +117,10 @@ def choose(options: argparse.Namespace, device: torch.device) -> list[Case]:
     done = set()
     for file in options.done:
         done |= {row["case"] for row in json.loads(file.read_text())["rows"]}
-    found = [case for case in cases(*options.group) if case.runs_on(device)]
+    wanted = cases(*options.group)
+    if options.small:
+        wanted = [case for group in options.group or GROUPS for case in one_of_each(group)]
+    found = [case for case in wanted if case.runs_on(device)]
     named = [case for case in found if all(text in case.name for text in options.only)]
     return [case for case in named if case.name not in done]
 
@@ -132,7 +136,11 @@ def parser() -> argparse.ArgumentParser:
     add("--part", default="", help="end of the files' names, for one of several runs")
     add("--note", default="", help="a sentence for the results")
     add("--plot", action="store_true", help="also draw a roofline")
-    add("--small", action="store_true", help="tiny shapes: tries the benchmarks only")
+    add(
+        "--small",
+        action="store_true",
+        help="tiny shapes, one case of each kind: tries the benchmarks only",
+    )
     add("--list", action="store_true", help="name the cases and measure nothing")
     return made
 

@@ -30,6 +30,19 @@ def cases(*groups: str) -> list[Case]:
     return sorted(found, key=lambda case: case.tier)
 
 
+def one_of_each(group: str) -> list[Case]:
+    """One case for each way to build one: at a tiny size other shapes run the same code."""
+    found: dict[tuple[object, ...], Case] = {}
+    for case in GROUPS[group]():
+        facts = case.facts
+        operation = case.name.split(" K=")[0].split(f" {facts.get('n')}x")[0].split(" M=")[0]
+        prompt = facts.get("tokens_per_call", 1) > 16
+        # A model and its size do not matter when it is tiny; a prompt needs no second format.
+        key = ("prompt",) if prompt else (facts.get("format"), "model" in facts or operation)
+        found.setdefault(key, case)
+    return list(found.values())
+
+
 def present_device() -> torch.device:
     """The CUDA device if there is one, else the CPU."""
     return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
@@ -74,8 +87,15 @@ def setting_for(device: torch.device, *, backend: str = "inductor") -> Setting:
     )
 
 
-def small_setting(device: torch.device, *, backend: str = "eager") -> Setting:
-    """Every case at a size that takes no time: to try the benchmarks, not the machine."""
-    clock = WallClock(rounds=2, seconds=0.0)
+def small_setting(device: torch.device) -> Setting:
+    """Every case at a size that takes no time: to try the benchmarks, not the machine.
+
+    On a GPU graphs are captured and Inductor compiles, as when it counts; on a CPU, where that
+    takes most of the time, functions are only traced.
+    """
+    on_gpu = device.type == "cuda"
+    clock = GraphClock(rounds=2, seconds=0.0) if on_gpu else WallClock(rounds=2, seconds=0.0)
+    backend = "inductor" if on_gpu else "eager"
     ceilings = partial(measure_ceilings, device, clock, buffer_bytes=2**16, side=64)
-    return Setting(device, clock, clock, ceilings, backend=backend, small=True)
+    host = WallClock(rounds=2, seconds=0.0)
+    return Setting(device, clock, host, ceilings, backend=backend, small=True)

@@ -27,6 +27,8 @@ SHAPES = {
 }
 """[N, K] of the projections of Llama-3.1-8B, those of one input together."""
 
+FP8_LINEAR, NVFP4_LINEAR = operator("fp8_linear"), operator("nvfp4_linear")
+
 Leaves = Mapping[str, Tensor]
 FP8_PEERS = (
     partial(peers.row_wise, fast=True),
@@ -88,7 +90,7 @@ def _nvfp4_values(x: Tensor, leaves: Leaves) -> Tensor:
 
 
 def _static(x: Tensor, leaves: Leaves) -> Tensor:
-    return operator("fp8_linear")(
+    return FP8_LINEAR(
         x,
         leaves["weight"],
         leaves["weight_scale"],
@@ -100,12 +102,13 @@ def _static(x: Tensor, leaves: Leaves) -> Tensor:
 
 def _dynamic(name: str) -> Callable[[Tensor, Leaves], Tensor]:
     """Operators that take nothing but x, the weight and its scale."""
-    return lambda x, leaves: operator(name)(x, leaves["weight"], leaves["weight_scale"])
+    overload = operator(name)  # looked up once, as the layers do: eager calls are timed
+    return lambda x, leaves: overload(x, leaves["weight"], leaves["weight_scale"])
 
 
 def _nvfp4(x: Tensor, leaves: Leaves) -> Tensor:
     names = ("weight", "weight_scale", "weight_scale_2", "input_scale")
-    return operator("nvfp4_linear")(x, *(leaves[name] for name in names))
+    return NVFP4_LINEAR(x, *(leaves[name] for name in names))
 
 
 KINDS = {

@@ -215,7 +215,7 @@ class Decoder(nn.Module):
         self.places = torch.arange(length, device=device)
         self.caches = [FixedCache(self.config, batch, length, self.position) for _ in self.layers]
 
-    def compile_layers(self, backend: str) -> None:
+    def compile_layers(self, backend: str | Callable[..., Any]) -> None:
         """Regional compilation: one graph for all layers."""
         for layer in self.layers:
             layer.compile(fullgraph=True, dynamic=False, backend=backend)

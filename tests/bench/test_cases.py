@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 from bench.support import gemms, llama, models
-from bench.support.catalog import GROUPS, cases, small_setting
+from bench.support.catalog import GROUPS, cases, one_of_each, small_setting
 from bench.support.contest import Case, Setting, measure
 
 CPU = torch.device("cpu")
@@ -23,22 +26,9 @@ def setting() -> Setting:
     return small_setting(CPU)
 
 
-def sampled(group: str) -> list[Case]:
-    """One case for each way to build one: at a tiny size other shapes run the same code."""
-    found: dict[tuple[object, ...], Case] = {}
-    for case in GROUPS[group]():
-        facts = case.facts
-        operation = case.name.split(" K=")[0].split(f" {facts.get('n')}x")[0].split(" M=")[0]
-        prompt = facts.get("tokens_per_call", 1) > 16
-        # A model and its size do not matter when it is tiny; a prompt needs no second format.
-        key = ("prompt",) if prompt else (facts.get("format"), "model" in facts or operation)
-        found.setdefault(key, case)
-    return list(found.values())
-
-
 @pytest.mark.parametrize("group", GROUPS)
 def test_every_kind_of_case_runs(group: str, setting: Setting) -> None:
-    for case in sampled(group):
+    for case in one_of_each(group):
         row = measure(case, setting)
         assert row.error <= 1
         assert row.ratio is not None
@@ -102,6 +92,19 @@ def test_a_replayed_step_goes_on() -> None:
         places.append(int(model.position))
     assert places == [5, 6, 7, 0, 1]
     assert model.token.shape == (2, 1)
+
+
+def test_one_graph_serves_all_layers() -> None:
+    # Else Dynamo would compile 32 layers, and beyond its limit run them eagerly.
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    for convert in (llama.keep, llama.quantized("FP8")):
+        model = llama.Decoder(replace(llama.TINY, layers=3), convert, CPU, batch=1, length=8)
+        model.compile_layers(counter)
+        with torch.no_grad():
+            model()
+            model()
+    assert counter.frame_count == 2
 
 
 def test_copies_outgrow_the_cache(setting: Setting) -> None:
