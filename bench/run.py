@@ -44,11 +44,11 @@ class Run:
     part: str = ""
     rows: list[results.Row] = field(default_factory=list)
     failures: dict[str, str] = field(default_factory=dict)
-    took: dict[str, float] = field(default_factory=dict)
+    took: dict[tuple[str, object], float] = field(default_factory=dict)
 
     def has_time_for(self, case: Case) -> bool:
         guess = next((s for name, s in FIRST_GUESS.items() if case.group.startswith(name)), 15.0)
-        return time.monotonic() + 1.3 * self.took.get(case.group, guess) < self.deadline
+        return time.monotonic() + 1.3 * self.took.get(_like(case), guess) < self.deadline
 
     def measure(self, case: Case, setting: Setting) -> None:
         begin = time.monotonic()
@@ -61,7 +61,7 @@ class Run:
             self.failures[case.name] = f"{type(error).__name__}: {error}"
             say(f"{case.name}: NOT REPORTED: {self.failures[case.name]}")
         seconds = time.monotonic() - begin
-        self.took[case.group] = max(seconds, 0.7 * self.took.get(case.group, 0.0))
+        self.took[_like(case)] = max(seconds, 0.7 * self.took.get(_like(case), 0.0))
 
     def write(self, setting: Setting) -> list[Path]:
         """The files that were written: none without a folder."""
@@ -143,6 +143,11 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--list", action="store_true", help="name the cases and measure nothing")
     return made
+
+
+def _like(case: Case) -> tuple[str, object]:
+    """Cases of one kind take about equally long."""
+    return case.group, case.facts.get("model")
 
 
 def say(text: str) -> None:
