@@ -35,7 +35,10 @@ def one_of_each(group: str) -> list[Case]:
     found: dict[tuple[object, ...], Case] = {}
     for case in GROUPS[group]():
         facts = case.facts
-        operation = case.name.split(" K=")[0].split(f" {facts.get('n')}x")[0].split(" M=")[0]
+        sizes = (f" {facts.get('n')}x", " K=", " M=", " batch ")
+        operation = case.name
+        for size in sizes:
+            operation = operation.split(size)[0]
         prompt = facts.get("tokens_per_call", 1) > 16
         # A model and its size do not matter when it is tiny; a prompt needs no second format.
         key = ("prompt",) if prompt else (facts.get("format"), "model" in facts or operation)
