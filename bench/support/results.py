@@ -242,7 +242,7 @@ def _reasons(title: str, texts: Sequence[str]) -> list[str]:
 def _software(machine: Machine) -> str:
     return (
         f"torch {machine.torch}, triton {machine.triton}, transformers {machine.transformers}, "
-        f"Python {machine.python}, {machine.threads} threads."
+        f"Python {machine.python}, threads: {machine.threads}."
     )
 
 
