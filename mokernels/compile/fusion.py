@@ -17,7 +17,12 @@ import mokernels.ops
 from mokernels.compile.graph import calls, name_of, value
 from mokernels.compile.options import FusionOptions
 from mokernels.compile.producers import fuse_gates, fuse_norms
-from mokernels.compile.remaining import expand_quantizations, is_inductors, quantize_in_gemm
+from mokernels.compile.remaining import (
+    expand_products,
+    expand_quantizations,
+    is_inductors,
+    quantize_in_gemm,
+)
 from mokernels.compile.reports import GraphReport, Rewrite, graph_report, modules_of
 from mokernels.compile.share import ROWS, merge_projections, share_quantizations
 from mokernels.compile.split import QUANTIZERS, split_linears
@@ -96,6 +101,8 @@ class FusionPass(CustomGraphPass):
         if options.expand:
             for node in expand_quantizations(graph):
                 rewrites.append(_rewrite("quantize left to Inductor", "Inductor", node))
+            for node in expand_products(graph):
+                rewrites.append(_rewrite("weight decoded by Inductor", "mm in fp32", node))
         if options.quantize_in_gemm:
             for node in quantize_in_gemm(graph):
                 rewrites.append(_rewrite("quantize in the GEMM", name_of(node), node))

@@ -15,6 +15,7 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
+from torch.func import functionalize
 from torch.fx import Graph, Node
 
 from mokernels.compile.graph import (
@@ -28,6 +29,7 @@ from mokernels.compile.graph import (
     replace_items,
     value,
 )
+from mokernels.compile.share import ROWS
 from mokernels.compile.split import PAIR_QUANTIZERS, QUANTIZERS
 from mokernels.ops.registry import operator, reference_of
 from mokernels.ops.target import target_of
@@ -69,6 +71,18 @@ def _expandable(device: torch.device) -> tuple[str, ...]:
     if device.type == "cpu":
         return EXPANDED_ON_CPU
     return EXPANDED_ON_GPU if target_of(device).casts_fp8_once else ()
+
+
+def expand_products(graph: Graph) -> list[Node]:
+    """Write products on the CPU as plain torch; returns those it replaced.
+
+    What is left of them is a product of fp32 matrices, by the same library as in eager mode.
+    Inductor decodes a weight in one vectorised pass, which eager mode does in eight.
+    """
+    expanded = [node for node in calls(graph, ROWS) if value(node.args[0]).device.type == "cpu"]
+    for node in expanded:
+        inline(graph, node)
+    return expanded
 
 
 def quantize_in_gemm(graph: Graph) -> list[Node]:
@@ -120,7 +134,8 @@ def inline(graph: Graph, node: Node) -> None:
         return reference(*full)
 
     with fake_mode_of(values):
-        traced = fwd_only(computed, [values[index] for index in tensors])
+        # References write in place, which graphs at this stage do not.
+        traced = fwd_only(functionalize(computed), [values[index] for index in tensors])
         if values[0].device.type != "cpu":
             _round_reciprocals_once(traced.graph)
     placeholders = traced.graph.find_nodes(op="placeholder")

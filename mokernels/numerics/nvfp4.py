@@ -13,6 +13,7 @@ from mokernels.numerics.elements import (
     divide,
     encode_e2m1,
     encode_e4m3,
+    in_pieces,
 )
 from mokernels.numerics.packing import pack_nibbles, unpack_nibbles
 
@@ -98,9 +99,14 @@ def dequantize_nvfp4(
         global_scale: fp32 [].
         out_dtype: of the result [..., K].
     """
-    values = decode_e2m1(unpack_nibbles(codes)).unflatten(-1, (-1, NVFP4_BLOCK))
+    values = in_pieces(_unpack, codes, each=2).unflatten(-1, (-1, NVFP4_BLOCK))
     step = decode_e4m3(block_scale) * global_scale.float()
     return values.mul_(step.unsqueeze(-1)).flatten(-2).to(out_dtype)
+
+
+def _unpack(codes: Tensor) -> Tensor:
+    """Packed codes [..., K / 2] as fp32 [..., K]."""
+    return decode_e2m1(unpack_nibbles(codes))
 
 
 def _blocks(x: Tensor, name: str) -> Tensor:

@@ -5,9 +5,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from mokernels import numerics
 from mokernels.errors import ArgumentError
+from tests.support.compare import assert_same_bits
 
 ALL_BF16 = torch.arange(2**16, dtype=torch.int32).to(torch.uint16).view(torch.bfloat16)
 FINITE_BF16 = ALL_BF16[ALL_BF16.isfinite()]
@@ -131,3 +133,33 @@ def test_packing_keeps_leading_dimensions(shape):
 def test_packing_refuses_what_it_cannot_pack(codes):
     with pytest.raises(ArgumentError, match="needs uint8 codes with an even last dimension, got"):
         numerics.pack_nibbles(codes)
+
+
+# Compilers get formulas of their own; eager mode takes large tensors a piece at a time.
+DECODERS = [numerics.decode_e4m3, numerics.decode_e2m1, numerics.decode_e8m0]
+
+
+@pytest.mark.parametrize("decode", DECODERS)
+def test_what_compilers_get_decodes_every_code(decode):
+    codes = torch.arange(256, dtype=torch.uint8)
+    traced = make_fx(decode, tracing_mode="fake")(codes)
+    assert_same_bits(traced(codes), decode(codes))
+    targets = {node.target for node in traced.graph.nodes}
+    assert torch.ops.aten._to_copy.default in targets  # the formula, not its result
+
+
+@pytest.mark.parametrize("decode", [numerics.decode_e4m3, numerics.decode_e2m1])
+def test_large_tensors_decode_as_small_ones(decode):
+    codes = torch.randint(0, 256, (300, 1001), dtype=torch.uint8).t()
+    assert_same_bits(decode(codes), torch.stack([decode(row) for row in codes]))
+
+
+def test_large_packed_weights_dequantize_as_their_rows():
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(0, 256, (600, 512), dtype=torch.uint8, generator=generator)
+    scale = torch.rand(600, 64, generator=generator).to(torch.float8_e4m3fn)
+    whole = numerics.dequantize_nvfp4(codes, scale, torch.tensor(0.5))
+    halves = [
+        numerics.dequantize_nvfp4(codes[i::2], scale[i::2], torch.tensor(0.5)) for i in (0, 1)
+    ]
+    assert_same_bits(whole, torch.stack(halves, 1).flatten(0, 1))
