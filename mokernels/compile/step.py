@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from mokernels.errors import ArgumentError
+from mokernels.errors import ArgumentError, BackendError
 
 _WARMUPS = 2
 _LIMIT = 32
@@ -56,7 +56,11 @@ class CudaGraphs:
     def __call__(
         self, run: Callable[[], Any], rewind: Callable[[], None]
     ) -> tuple[Callable[[], None], Any]:
-        """Record ``run``; compilation and first launches happen before, on the same stream."""
+        """Record ``run``; compilation and first launches happen before, on the same stream.
+
+        Raises:
+            BackendError: ``run`` waits for the device, or does something else that no graph holds.
+        """
         with torch.cuda.device(self._device):
             stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
             stream.wait_stream(current)
@@ -66,13 +70,23 @@ class CudaGraphs:
                     rewind()
             current.wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
-            self._pool = self._pool or torch.cuda.graph_pool_handle()
-            # Other threads (a streamer's reader) may use the device meanwhile.
-            mode = "thread_local"
-            with torch.cuda.graph(graph, self._pool, stream, capture_error_mode=mode):
-                result = run()
+            try:
+                result = self._captured(graph, stream, run)
+            except RuntimeError as error:
+                raise BackendError(
+                    "A decoding step could not be captured as a CUDA graph: wanted work for the "
+                    f"device alone, found {error}. Pass cuda_graphs=False."
+                ) from error
+            # Capturing moved Python's counts, and no tensor.
             rewind()
         return graph.replay, result
+
+    def _captured(self, graph: Any, stream: Any, run: Callable[[], Any]) -> Any:
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        # Other threads (a streamer's reader) may use the device meanwhile.
+        mode = "thread_local"
+        with torch.cuda.graph(graph, self._pool, stream, capture_error_mode=mode):
+            return run()
 
 
 @dataclass(frozen=True)

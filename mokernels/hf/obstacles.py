@@ -104,6 +104,8 @@ def _of_the_step(model: Any, compiled: bool) -> Iterator[str]:
     if model.device.type != "cuda":
         yield f"the model is on the device {str(model.device)!r}, which has no CUDA graphs"
     config = model.config.get_text_config(decoder=True)
+    if config is not model.config:
+        yield f"{type(model).__name__} takes more than text, and counts its positions in Python"
     kinds = sorted(set(_rope_kinds(getattr(config, "rope_parameters", None))) & {*_UNFIXED_ROPE})
     if kinds:
         yield f"its rotary embedding ({kinds[0]}) changes with the length of the text"

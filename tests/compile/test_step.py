@@ -1,10 +1,14 @@
 """Replaying a step from fixed buffers."""
 
+from contextlib import contextmanager
+from functools import partial
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from mokernels.compile.step import Steps
-from mokernels.errors import ArgumentError
+from mokernels.compile.step import CudaGraphs, Steps
+from mokernels.errors import ArgumentError, BackendError
 from tests.support.recorded import Recorded
 
 
@@ -86,6 +90,59 @@ def test_a_number_that_counts_up_is_refused_in_the_end():
     with pytest.raises(ArgumentError, match="32 CUDA graphs were captured of one model's"):
         steps(counter.step, {"x": torch.ones(2), "n": 32}, None, counter.rewinder)
     steps(counter.step, {"x": torch.ones(2), "n": 31}, None, counter.rewinder)
+
+
+class Device:
+    """``torch.cuda`` as far as a capture needs it, writing down what happens in which order."""
+
+    def __init__(self, monkeypatch) -> None:
+        self.events: list[str] = []
+        for name in ("device", "stream", "graph"):
+            monkeypatch.setattr(torch.cuda, name, partial(self.within, name))
+        monkeypatch.setattr(torch.cuda, "Stream", lambda: Stream("side", self.events))
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda: Stream("current", self.events))
+        monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
+        replay = partial(self.events.append, "replay")
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=replay))
+
+    @contextmanager
+    def within(self, name, *args, **kwargs):
+        assert name != "graph" or args[1] == "pool"
+        assert name != "graph" or kwargs == {"capture_error_mode": "thread_local"}
+        self.events.append(name)
+        yield
+        self.events.append(f"/{name}")
+
+
+class Stream:
+    def __init__(self, name, events) -> None:
+        self.name, self.events = name, events
+
+    def wait_stream(self, other) -> None:
+        self.events.append(f"{self.name} waits for {other.name}")
+
+
+def test_a_cuda_graph_is_captured_warm_and_rewound(monkeypatch):
+    device = Device(monkeypatch)
+    capture = CudaGraphs(torch.device("cuda", 0))
+    run, rewind = (partial(device.events.append, name) for name in ("run", "rewind"))
+    replay, result = capture(run, rewind)
+    assert result is None
+    replay()
+    warm = ["side waits for current", "stream", *["run", "rewind"] * 2, "/stream"]
+    captured = ["current waits for side", "graph", "run", "/graph", "rewind"]
+    assert device.events == ["device", *warm, *captured, "/device", "replay"]
+
+
+def test_what_a_cuda_graph_cannot_hold_is_said(monkeypatch):
+    device = Device(monkeypatch)
+
+    def run():
+        if device.events[-1] == "graph":
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    with pytest.raises(BackendError, match=r"not permitted when stream.*Pass cuda_graphs=False"):
+        CudaGraphs(torch.device("cuda", 0))(run, lambda: None)
 
 
 def test_the_stand_in_refuses_what_a_graph_refuses():

@@ -75,7 +75,8 @@ def graphs() -> int:
     ("name", "tokens"),  # a prompt of one token needs one graph: less to wait for
     [("fp8", 1), ("fp8_pc_pt", 1), ("fp8_pb_wo", 1), ("nvfp4", 9), ("mxfp8", 1)],
 )
-@torch._inductor.config.patch(emulate_precision_casts=True)
+# What comes from the cache on disk is not in the report.
+@torch._inductor.config.patch(emulate_precision_casts=True, force_disable_caches=True)
 def test_compiled_tokens_are_eager_tokens_bit_for_bit(name, tokens):
     model = AutoModelForCausalLM.from_pretrained(GOLDEN / name)
     model.generation_config.eos_token_id = None
@@ -83,6 +84,8 @@ def test_compiled_tokens_are_eager_tokens_bit_for_bit(name, tokens):
     options = {"return_dict_in_generate": True, "output_logits": True, **GREEDY}
     found = mokernels.generate(model, ids, compile=True, **options)
     assert graphs() == (1 if tokens == 1 else 2)
+    fused = mokernels.compile.report(model).graphs[-1]
+    assert "self_attn.q_proj" in fused.modules  # told by their place in the layer
     expected = static(model, {"input_ids": ids}, **options)
     assert torch.equal(found.sequences, expected.sequences)
     for ours, theirs in zip(found.logits, expected.logits, strict=True):
@@ -374,16 +377,13 @@ def test_cuda_graphs_want_a_gpu():
     assert choose_plan(model, {}, True, "auto") == Plan(True, False)
 
 
-class OnGpu:
-    """A model that says it is on a GPU."""
-
-    def __init__(self, model, monkeypatch) -> None:
-        monkeypatch.setattr(type(model), "device", torch.device("cuda", 0))
+def say_on_gpu(model, monkeypatch) -> None:
+    monkeypatch.setattr(type(model), "device", torch.device("cuda", 0))
 
 
 def test_on_a_gpu_both_are_chosen_and_said(monkeypatch, caplog):
     model = tiny_model("Llama")
-    OnGpu(model, monkeypatch)
+    say_on_gpu(model, monkeypatch)
     caplog.set_level(logging.INFO, logger="mokernels")
     assert choose_plan(model, {}, "auto", "auto") == Plan(True, True)
     assert "compiled layers True, CUDA graphs True" in caplog.text
@@ -396,13 +396,16 @@ def test_on_a_gpu_both_are_chosen_and_said(monkeypatch, caplog):
 def test_steps_that_a_graph_cannot_hold(monkeypatch):
     rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
     dynamic = tiny_model("Llama", rope_parameters=rope)
-    OnGpu(dynamic, monkeypatch)
+    say_on_gpu(dynamic, monkeypatch)
     assert "its rotary embedding (dynamic) changes" in to_capture(dynamic, True)
     assert choose_plan(dynamic, {}, "auto", "auto") == Plan(True, False)
     sliding = tiny_model("Gemma2")
-    OnGpu(sliding, monkeypatch)
+    say_on_gpu(sliding, monkeypatch)
     assert "a full sliding window is moved by uncompiled code" in to_capture(sliding, False)
     assert to_capture(sliding, True) is None
+    seeing = tiny_model("Llama")
+    monkeypatch.setattr(type(seeing.config), "get_text_config", lambda self, **_: dynamic.config)
+    assert "LlamaForCausalLM takes more than text" in to_capture(seeing, True)
 
 
 @pytest.mark.parametrize(
