@@ -41,7 +41,9 @@ __all__ = [
     "check",
     "explain",
     "from_pretrained",
+    "generate",
     "load_into",
+    "release",
 ]
 
 
@@ -57,6 +59,29 @@ def from_pretrained(
     from mokernels.hf.load import from_pretrained as load
 
     return load(path_or_id, activations=activations, dtype=dtype, device_map=device_map, **options)
+
+
+def generate(
+    model: Any,
+    inputs: Any,
+    *,
+    compile: bool | str = "auto",
+    cuda_graphs: bool | str = "auto",
+    max_cache_len: int | None = None,
+    **options: Any,
+) -> Any:
+    """Generate, compiled and with CUDA graphs; see :func:`mokernels.hf.generate.generate`."""
+    from mokernels.hf.generate import generate as run
+
+    ours: dict[str, Any] = {"compile": compile, "cuda_graphs": cuda_graphs}
+    return run(model, inputs, max_cache_len=max_cache_len, **ours, **options)
+
+
+def release(model: Any) -> None:
+    """Free what :func:`generate` keeps of a model; see :func:`mokernels.hf.decoding.release`."""
+    from mokernels.hf.decoding import release as free
+
+    free(model)
 
 
 def __getattr__(name: str) -> Any:

@@ -167,6 +167,10 @@ def generate(
         typer.Option(help="Use the chat template; by default where there is one."),
     ] = None,
     stream: Annotated[bool, typer.Option(help="Print the text as it is made.")] = True,
+    compile: Annotated[
+        Optional[bool],  # noqa: UP045
+        typer.Option(help="Compile the layers; by default on a GPU, with CUDA graphs."),
+    ] = None,
     tokenizer: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(help="Folder or hub name, where the checkpoint has no tokenizer."),
@@ -178,7 +182,7 @@ def generate(
     from mokernels.demo.hub import local_folder
 
     sampling = generation.Sampling(max_new_tokens, temperature, top_p, seed)
-    place = generation.Placement(pick_device(device), dtype, activations)
+    place = generation.Placement(pick_device(device), dtype, activations, compile)
     text = generation.generate(
         local_folder(path), prompt, sampling, place, tokenizer=tokenizer, chat=chat, stream=stream
     )

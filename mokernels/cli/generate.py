@@ -58,11 +58,14 @@ class Placement:
         device: of the whole model.
         dtype: of what is not quantized, one of :data:`DTYPES`.
         activations: see :func:`mokernels.from_pretrained`.
+        compile: whether its layers are compiled, and with CUDA graphs where there are any; None on
+            a GPU, where that pays for itself at once.
     """
 
     device: str = "cpu"
     dtype: str = "auto"
     activations: str = "checkpoint"
+    compile: bool | None = None
 
 
 def generate(
@@ -107,7 +110,13 @@ def generate(
     torch.manual_seed(sampling.seed)
     inputs = inputs.to(model.device)
     with torch.inference_mode(), quiet_transformers():
-        output = model.generate(**inputs, **options, streamer=_streamer(words) if stream else None)
+        output = mokernels.generate(
+            model,
+            inputs,
+            compile="auto" if place.compile is None else place.compile,
+            streamer=_streamer(words) if stream else None,
+            **options,
+        )
     answer: str = words.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return answer
 

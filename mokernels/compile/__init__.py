@@ -2,7 +2,8 @@
 
 With the default backend the pass stands in Inductor's hook: loading a checkpoint enables it, and
 :func:`disable` takes it out. With ``torch.compile(model, backend="mokernels")`` it needs no global
-state and takes options. :func:`report` says what it did.
+state and takes options. :func:`report` says what it did. :func:`compile_layers` compiles a model by
+its repeated layers, with either door.
 
 This package imports Inductor only when a graph is to be compiled.
 """
@@ -14,11 +15,44 @@ from typing import TYPE_CHECKING, Any
 from mokernels.compile.options import FusionOptions
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch import nn
 
     from mokernels.compile.reports import CompileReport
 
-__all__ = ["FusionOptions", "disable", "enable", "is_enabled", "report"]
+__all__ = [
+    "FusionOptions",
+    "compile_layers",
+    "decompile_layers",
+    "disable",
+    "enable",
+    "is_enabled",
+    "report",
+]
+
+
+def compile_layers(
+    model: nn.Module,
+    *,
+    backend: str = "inductor",
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    fullgraph: bool = True,
+    dynamic: bool | None = None,
+) -> nn.Module:
+    """Compile a model by its layers; see :func:`mokernels.compile.regional.compile_layers`."""
+    from mokernels.compile import regional
+
+    how: dict[str, Any] = {"mode": mode, "options": options, "dynamic": dynamic}
+    return regional.compile_layers(model, backend=backend, fullgraph=fullgraph, **how)
+
+
+def decompile_layers(model: nn.Module) -> nn.Module:
+    """Take :func:`compile_layers` back; returns ``model``."""
+    from mokernels.compile import regional
+
+    return regional.decompile_layers(model)
 
 
 def enable(options: FusionOptions | None = None) -> None:

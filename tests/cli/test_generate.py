@@ -6,11 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 from typer.testing import CliRunner
 
 import mokernels
 from mokernels.cli import app
 from mokernels.cli.generate import Sampling, encode
+from mokernels.compile import compile_layers
 from mokernels.demo import hub
 from mokernels.errors import ArgumentError
 from tests.demo.tiny import byte_tokenizer, talkative_model
@@ -65,6 +67,27 @@ def test_without_the_chat_template_the_text_is_continued(folder):
 def test_the_whole_text_at_once_is_the_streamed_text(folder):
     streamed = generate(folder, "-p", "Hello")
     assert generate(folder, "-p", "Hello", "--no-stream").stdout == streamed.stdout
+
+
+def test_compiled_the_text_is_the_same(folder, monkeypatch):
+    seen = []
+    run = mokernels.generate
+
+    def spy(model, inputs, **options):
+        seen.append(options["compile"])
+        if options["compile"] is True:
+            compile_layers(model, backend="eager")  # takes less long
+        return run(model, inputs, **options)
+
+    wanted = generate(folder, "-p", "Hello", "--dtype", "float32").stdout
+    monkeypatch.setattr(mokernels, "generate", spy)
+    counters.clear()
+    assert generate(folder, "-p", "Hello", "--dtype", "float32", "--no-compile").stdout == wanted
+    assert generate(folder, "-p", "Hello", "--dtype", "float32").stdout == wanted
+    assert counters["stats"]["unique_graphs"] == 0
+    assert generate(folder, "-p", "Hello", "--dtype", "float32", "--compile").stdout == wanted
+    assert counters["stats"]["unique_graphs"] == 2
+    assert seen == [False, "auto", True]
 
 
 def test_sampling_depends_on_the_seed_alone(folder):
