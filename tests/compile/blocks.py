@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional
 
 from mokernels.compile.fusion import FusionPass
+from mokernels.compile.graph import name_of
 from mokernels.compile.options import FusionOptions
 from mokernels.compile.reports import CompileReport
 from mokernels.formats import FORMATS, Activation
@@ -158,11 +159,13 @@ class Checked:
 
     Attributes:
         graphs: how many have been compiled.
+        operators: names of our operators in each graph after the pass, in order.
         fusion: the pass; its reports say what it did.
     """
 
     def __init__(self, options: FusionOptions | None = None, *, compares: bool = True) -> None:
         self.graphs = 0
+        self.operators: list[list[str]] = []
         self.compares = compares
         self.fusion = FusionPass(options)
 
@@ -182,6 +185,7 @@ class Checked:
         before = fx.GraphModule(gm, _copied(gm.graph))
         self.fusion(gm.graph)
         gm.recompile()
+        self.operators.append([name for node in gm.graph.nodes if (name := name_of(node))])
 
         def run(args: list[Any]) -> Any:
             results = gm(*args)
