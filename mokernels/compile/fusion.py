@@ -12,6 +12,7 @@ from torch._inductor import metrics
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch.fx import Graph, Node
 
+import mokernels.formats
 import mokernels.numerics
 import mokernels.ops
 from mokernels.compile.graph import calls, name_of, value
@@ -81,7 +82,7 @@ class FusionPass(CustomGraphPass):
 
     def uuid(self) -> Any:
         """Changes with every source that the pass' result depends on, and with the options."""
-        return get_hash_for_files(_sources(), extra=repr(astuple(self.options)))
+        return _uuid(self.options)
 
     def _rewrite(self, graph: Graph) -> list[Rewrite]:
         options, rewrites = self.options, []
@@ -148,8 +149,14 @@ def pass_for(options: FusionOptions) -> FusionPass:
 
 
 @cache
+def _uuid(options: FusionOptions) -> Any:
+    # Torch remembers one hash alone, and every pass of a chain may ask for its own at every graph.
+    return get_hash_for_files(_sources(), extra=repr(astuple(options)))
+
+
+@cache
 def _sources() -> tuple[str, ...]:
-    """Files of the pass, of the operators (their schemas and references) and of the numerics."""
+    """Files of the pass, of the operators (their schemas and references), numerics and formats."""
     packages = (Path(__file__), Path(mokernels.ops.__file__), Path(mokernels.numerics.__file__))
     found = [file for package in packages for file in package.parent.rglob("*.py")]
-    return tuple(sorted(map(str, found)))
+    return tuple(sorted(map(str, [*found, mokernels.formats.__file__])))

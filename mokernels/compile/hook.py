@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch._inductor.config as inductor_config
+from torch._inductor import custom_graph_pass
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph
 
@@ -14,21 +15,30 @@ from mokernels.compile.options import FusionOptions
 
 HOOK = "post_grad_custom_pre_pass"
 
+# Passes that are told whether the graph is for inference; older versions of torch have none.
+_AWARE: type[CustomGraphPass] | None = getattr(
+    custom_graph_pass, "CustomInferenceAwareGraphPass", None
+)
+_Base: Any = _AWARE or CustomGraphPass
 
-class Chain(CustomGraphPass):
+
+class Chain(_Base):
     """Several passes, one after the other; older versions of torch take only one.
 
     Args:
         *passes: ``CustomGraphPass`` objects, or functions of a graph, which are not cacheable.
     """
 
-    def __init__(self, *passes: Callable[[Graph], Any]) -> None:
+    def __init__(self, *passes: Callable[..., Any]) -> None:
         self.passes = passes
 
-    def __call__(self, graph: Graph) -> None:
-        """Run them in order."""
+    def __call__(self, graph: Graph, is_inference: bool = False) -> None:
+        """Run them in order, each with what it wants to know."""
         for run in self.passes:
-            run(graph)
+            if _AWARE is not None and isinstance(run, _AWARE):
+                run(graph, is_inference)
+            else:
+                run(graph)
 
     def uuid(self) -> Any:
         """All of theirs; None (do not cache) if one of them has none."""

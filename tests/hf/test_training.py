@@ -5,10 +5,31 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from mokernels.layers import QuantizedLinear
+from tests.compile.blocks import Checked
+from tests.support.compare import assert_same_bits
 from tests.support.models import export, tiny_model
 
 peft = pytest.importorskip("peft", reason="PEFT is not installed")
-FORMATS = ["FP8", "FP8_PER_CHANNEL_PER_TOKEN", "FP8_PB_WO", "NVFP4", "MXFP8"]
+DEQUANTIZE = {
+    "FP8": "dequantize_fp8",
+    "FP8_PER_CHANNEL_PER_TOKEN": "dequantize_fp8",
+    "FP8_PB_WO": "dequantize_fp8",
+    "NVFP4": "dequantize_nvfp4",
+    "MXFP8": "dequantize_mxfp8",
+}
+FORMATS = list(DEQUANTIZE)
+
+
+def gradients(run, model, ids):
+    """Gradients of the adapters, by name, for one batch."""
+    model.zero_grad()
+    run(input_ids=ids, labels=ids).loss.backward()
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def words(tensor):
+    """The bytes, since FP8 tensors cannot be compared."""
+    return tensor.reshape(-1).view(torch.uint8)
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -35,5 +56,33 @@ def test_lora_trains_and_leaves_the_codes_alone(tmp_path, format):
     state = {n.replace("base_model.model.", "").replace(".base_layer", ""): t
              for n, t in model.state_dict().items()}  # fmt: skip
     for name, tensor in codes.items():
-        assert torch.equal(state[name].reshape(-1).view(torch.uint8),
-                           tensor.reshape(-1).view(torch.uint8)), name  # fmt: skip
+        assert torch.equal(words(state[name]), words(tensor)), name
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_compiled_training_has_the_gradients_of_eager(tmp_path, format):
+    torch._dynamo.reset()
+    base = tiny_model(num_hidden_layers=1)
+    model = AutoModelForCausalLM.from_pretrained(export(base, tmp_path, format))
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"])
+    model = peft.get_peft_model(model, config)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:  # zero at first, so that A would have no gradient
+            torch.nn.init.normal_(parameter, 0, 0.02, torch.Generator().manual_seed(0))
+    ids = torch.randint(3, 128, (2, 12), generator=torch.Generator().manual_seed(0))
+    checked = Checked()
+    compiled = torch.compile(model, backend=checked, fullgraph=True)
+    expected, found = (gradients(run, model, ids) for run in (model, compiled))
+    assert found.keys() == expected.keys()
+    assert all("lora_" in name for name in found)
+    for name, gradient in expected.items():
+        assert_same_bits(found[name], gradient)
+    forward, backward = checked.operators
+    assert sum(name.endswith(("_gemm", "_linear")) for name in forward) == 7
+    # Nothing before q, k and v trains: no gradient goes through them.
+    assert backward == [DEQUANTIZE[format]] * 4
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2).step()
+    after = model.state_dict()
+    changed = {name for name in after if not torch.equal(words(after[name]), words(before[name]))}
+    assert changed == found.keys()

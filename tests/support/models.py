@@ -32,13 +32,22 @@ SIZES = {
 }
 
 
-def tiny_model(architecture: str = "Llama", *, tied: bool = False, **sizes: object) -> nn.Module:
-    """A random causal language model of a few thousand weights, bf16, biases not zero."""
-    config_class = getattr(transformers, f"{architecture}Config")
-    config = config_class(**{**SIZES, "tie_word_embeddings": tied, **sizes})
-    config.architectures = [f"{architecture}ForCausalLM"]
+def tiny_model(
+    architecture: str = "Llama", *, config: str = "", tied: bool = False, **sizes: object
+) -> nn.Module:
+    """A random causal language model of a few thousand weights, bf16, biases not zero.
+
+    Args:
+        architecture: of ``<architecture>ForCausalLM``.
+        config: ``<config>Config`` is its configuration; the architecture's own name by default.
+        tied: whether the output layer is the embedding.
+        **sizes: of the configuration, instead of :data:`SIZES`.
+    """
+    config_class = getattr(transformers, f"{config or architecture}Config")
+    configuration = config_class(**{**SIZES, "tie_word_embeddings": tied, **sizes})
+    configuration.architectures = [f"{architecture}ForCausalLM"]
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model = transformers.AutoModelForCausalLM.from_config(configuration, dtype=torch.bfloat16)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
