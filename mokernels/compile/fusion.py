@@ -85,29 +85,30 @@ class FusionPass(CustomGraphPass):
         return _uuid(self.options)
 
     def _rewrite(self, graph: Graph) -> list[Rewrite]:
-        options, rewrites = self.options, []
+        options, rewrites, on_cpu = self.options, [], _on_cpu(graph)
         split_linears(graph)
         if options.share_quantization:
             for node, count, modules in share_quantizations(graph):
                 rewrites.append(Rewrite(f"one quantization for {count}", name_of(node), modules))
-        if options.merge_projections and not _on_cpu(graph):
+        if options.merge_projections and not on_cpu:
             for gemm, parts in merge_projections(graph):
                 rewrites.append(_rewrite(f"one GEMM for {len(parts)}", name_of(gemm), *parts))
         fusers = [(options.fuse_norm, fuse_norms), (options.fuse_activation, fuse_gates)]
         for wanted, fuse in fusers:
-            if wanted and not _on_cpu(graph):
+            if wanted and not on_cpu:
                 for fused in fuse(graph):
                     what = f"{fused.what} + quantize"
                     rewrites.append(_rewrite(what, name_of(fused.node), fused.node))
         if options.expand:
             for node in expand_quantizations(graph):
                 rewrites.append(_rewrite("quantize left to Inductor", "Inductor", node))
+        if options.expand and on_cpu:
             for node in expand_products(graph):
                 rewrites.append(_rewrite("weight decoded by Inductor", "mm in fp32", node))
         if options.quantize_in_gemm:
             for node in quantize_in_gemm(graph):
                 rewrites.append(_rewrite("quantize in the GEMM", name_of(node), node))
-        rewrites += [_left(node) for node in calls(graph, QUANTIZERS)]
+        rewrites += [_left(node, on_cpu) for node in calls(graph, QUANTIZERS)]
         return rewrites
 
 
@@ -115,8 +116,10 @@ def _rewrite(what: str, operator: str, *nodes: Node) -> Rewrite:
     return Rewrite(what, operator, modules_of(nodes))
 
 
-def _left(node: Node) -> Rewrite:
-    if is_inductors(node.args[0]):
+def _left(node: Node, on_cpu: bool) -> Rewrite:
+    if on_cpu:
+        why = "on a CPU there is no launch to save"
+    elif is_inductors(node.args[0]):
         why = "Inductor would not fuse scales of blocks with what comes before"
     else:
         why = "several GEMMs share it, and nothing that comes before can be fused"

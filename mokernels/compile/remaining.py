@@ -79,15 +79,26 @@ def _expandable(x: torch.Tensor) -> tuple[str, ...]:
 
 
 def expand_products(graph: Graph) -> list[Node]:
-    """Write products on the CPU as plain torch; returns those it replaced.
+    """Write products, on the CPU, as plain torch; returns those it replaced.
 
     What is left of them is a product of fp32 matrices, by the same library as in eager mode.
     Inductor decodes a weight in one vectorised pass, which eager mode does in eight.
     """
-    expanded = [node for node in calls(graph, ROWS) if value(node.args[0]).device.type == "cpu"]
+    expanded = [node for node in calls(graph, ROWS) if _has_whole_blocks(node)]
     for node in expanded:
         inline(graph, node)
     return expanded
+
+
+def _has_whole_blocks(gemm: Node) -> bool:
+    """Whether no block of 128 is short, in either operand; see :func:`_expandable`."""
+    given = arguments(gemm)
+    if not name_of(gemm).startswith("fp8"):
+        return True
+    n, k = value(given["b"]).shape
+    by_rows = value(given["scale_b"]).dim() < 2
+    by_token = "a" not in given or value(given["scale_a"]).dim() < value(given["a"]).dim()
+    return (by_rows or n % FP8_BLOCK == 0) and ((by_rows and by_token) or k % FP8_BLOCK == 0)
 
 
 def quantize_in_gemm(graph: Graph) -> list[Node]:

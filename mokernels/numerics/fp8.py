@@ -118,6 +118,8 @@ def expand_fp8_scale(scale: Tensor, rows: int, k: int) -> Tensor:
     columns = -(-k // FP8_BLOCK)
     if scale.dim() == 4:
         scale = scale[:, 0, :, 0]
+    if scale.dim() == 0:
+        return scale
     if scale.numel() == 1:
         return scale.reshape(1, 1)
     if scale.shape == (rows,):

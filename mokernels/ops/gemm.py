@@ -123,7 +123,8 @@ def _nvfp4_gemm(
 
 def dequantize_nvfp4_rows(codes: Tensor, scale: Tensor, global_scale: Tensor) -> Tensor:
     """An NVFP4 weight, fp32 [N, K], with one global scale ([] or [1]) or one for each row ([N])."""
-    return numerics.dequantize_nvfp4(codes, scale, global_scale.reshape(-1, 1))
+    by_rows = global_scale.reshape(-1, 1) if global_scale.dim() else global_scale
+    return numerics.dequantize_nvfp4(codes, scale, by_rows)
 
 
 def _check_mxfp8_gemm(
