@@ -60,13 +60,16 @@ def test_without_them_the_error_is_no_larger_than_eagers():
     assert 0 < compiled_error <= 1.05 * eager_error < 0.1
 
 
-@pytest.mark.parametrize("k", [75, 131, 256])
-def test_blocks_of_any_length_are_quantized_whole(k):
+@pytest.mark.parametrize("shape", [(16, 75), (16, 131), (300, 128), (16, 256)], ids=str)
+def test_blocks_need_not_be_whole(shape):
     def model(x):
-        return torch.ops.mokernels.fp8_block_linear(torch.relu(x), weight, scale)
+        h = torch.relu(x)
+        weight_only = torch.ops.mokernels.fp8_weight_only_gemm(h, weight, scale)
+        return torch.ops.mokernels.fp8_block_linear(h, weight, scale), weight_only
 
     generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(16, k, generator=generator).to(torch.float8_e4m3fn)
-    scale = torch.tensor(0.01)
-    x = torch.randn(5, k, generator=generator).bfloat16()
-    assert_same_bits(compile_anew(model, exact=True)(x), model(x))
+    weight = torch.randn(shape, generator=generator).to(torch.float8_e4m3fn)
+    scale = torch.rand([-(-size // 128) for size in shape], generator=generator) + 0.5
+    x = torch.randn(5, shape[1], generator=generator).bfloat16()
+    for result, expected in zip(compile_anew(model, exact=True)(x), model(x), strict=True):
+        assert_same_bits(result, expected)

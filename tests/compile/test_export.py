@@ -24,10 +24,7 @@ OPERATORS = {
 
 
 class Side(nn.Module):
-    """Layers of some cases beside each other, on the input and on what the model computes of it.
-
-    The pass quantizes the input in the GEMMs' operators, and the other activation before them.
-    """
+    """Layers of some cases beside each other, on the input and on what the model computes of it."""
 
     def __init__(self, cases: list[str]) -> None:
         super().__init__()
@@ -73,10 +70,12 @@ def test_operators_stay_single_nodes_and_keep_the_checkpoints_tensors(case):
     assert program.state_dict.keys() == model.state_dict().keys()
 
 
-def test_compiled_ahead_of_time_all_formats_have_the_bits_of_eager(tmp_path):
+@pytest.mark.parametrize("fuses", [False, True], ids=["plain", "fused"])
+def test_compiled_ahead_of_time_all_formats_have_the_bits_of_eager(fuses, tmp_path):
     model = Side(list(CASES))
     program = export(model)
-    mokernels.compile.enable()
+    if fuses:
+        mokernels.compile.enable()
     already = len(mokernels.compile.report().graphs)
     # What is compiled here is called only a few times.
     cheap = {"aot_inductor.compile_wrapper_opt_level": "O0", "force_disable_caches": True}
@@ -86,9 +85,8 @@ def test_compiled_ahead_of_time_all_formats_have_the_bits_of_eager(tmp_path):
         loaded = torch._inductor.aoti_load_package(path)
     for tokens in (4, 7):
         assert_equals(loaded(activations(tokens)), model, activations(tokens))
-    (graph,) = mokernels.compile.report().graphs[already:]
-    called = {name for name, _ in graph.calls}
-    assert called == CALLED
+    graphs = mokernels.compile.report().graphs[already:]
+    assert [{name for name, _ in graph.calls} for graph in graphs] == [CALLED] * fuses
 
 
 # What the pass leaves of the layers. Inductor decodes the weights, and quantizes with FP8 what it
