@@ -71,7 +71,7 @@ class FusionPass(CustomGraphPass):
 
     def count_kernels(self) -> None:
         """Add to the last report how many kernels Inductor has written since; it is done by now."""
-        if self._kernels_before is None:
+        if self._kernels_before is None or not self.reports:
             return
         # Somebody may have reset Inductor's counter: then it is not known.
         written = metrics.generated_kernel_count - self._kernels_before

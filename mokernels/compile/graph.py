@@ -116,9 +116,9 @@ def module_of(node: Node) -> str:
 def clean_path(path: str) -> str:
     """Dynamo's ``L['self']._modules['model'].layers[0]`` as ``model.layers.0``."""
     path = _ROOT.sub("", path)
-    for old, new in (("_modules", ""), ("_orig_mod", ""), ("[", "."), ("]", ".")):
+    for old, new in (("_modules", ""), ("_orig_mod", ""), ("__dict__", ""), ("[", "."), ("]", ".")):
         path = path.replace(old, new)
-    return ".".join(part.strip("'\"") for part in path.split(".") if part)
+    return ".".join(filter(None, (part.strip("'\"") for part in path.split("."))))
 
 
 def _without_defaults(target: Any, args: Sequence[Any]) -> tuple[Any, ...]:
@@ -135,6 +135,7 @@ def _without_defaults(target: Any, args: Sequence[Any]) -> tuple[Any, ...]:
     return tuple(kept)
 
 
-# The variable of the compiled frame that holds the model: "self", "fn", whatever the user wrote.
-_ROOT = re.compile(r"^[LG]\[['\"][^'\"]*['\"]\]")
+# The variable of the compiled frame that holds the model: "self", "fn", whatever the user wrote, or
+# the first of a decorator's "args".
+_ROOT = re.compile(r"^[LG]\[['\"](args['\"]\]\[0|[^'\"]*['\"])\]")
 _OF_THE_VALUE = frozenset({"val", "tensor_meta", "eager_input_vals"})

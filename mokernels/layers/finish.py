@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from mokernels.compile import enable
+from mokernels.compile import enable, is_enabled
 from mokernels.layers.linear import QuantizedLinear
 from mokernels.layers.siblings import link_siblings
 
@@ -21,4 +21,5 @@ def finish_loading(model: nn.Module) -> None:
             module.requires_grad_(False)
             module.refresh()
     link_siblings(model)
-    enable()
+    if not is_enabled():  # with whatever options
+        enable()

@@ -6,6 +6,7 @@ import torch._inductor.config as inductor_config
 
 import mokernels.compile
 from mokernels.compile.fusion import FusionPass
+from mokernels.compile.graph import clean_path
 from mokernels.compile.hook import HOOK, Chain, enabled_pass
 from mokernels.compile.options import FusionOptions, split_options
 from mokernels.errors import ArgumentError
@@ -88,3 +89,28 @@ def test_options_are_split_and_checked():
         split_options({"mokernels.fuse_all": True})
     with pytest.raises(ArgumentError, match="wanted True or False"):
         split_options({"mokernels.expand": 1})
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("L['self']._modules['model'].layers[0].mlp", "model.layers.0.mlp"),
+        ("L['fn'].layer.self_attn.q_proj", "layer.self_attn.q_proj"),
+        ("L['args'][0].model.layers['3']", "model.layers.3"),
+        ("L['self'].__dict__['_modules']['base'].__dict__['_modules']['model']", "base.model"),
+        ("L['m']._orig_mod.lm_head", "lm_head"),
+        ("L['self']", ""),
+    ],
+)
+def test_paths_of_modules_are_the_models_own(path, expected):
+    assert clean_path(path) == expected
+
+
+def test_loading_keeps_the_options_that_were_enabled(hook):
+    options = FusionOptions(fuse_norm=False)
+    mokernels.compile.enable(options)
+    finish_loading(torch.nn.Linear(2, 2))
+    assert enabled_pass().options == options
+    mokernels.compile.disable()
+    finish_loading(torch.nn.Linear(2, 2))
+    assert enabled_pass().options == FusionOptions()
