@@ -48,7 +48,7 @@ def sharing(graph) -> list[list[str]]:
 
 
 # Those that Inductor writes code for; it takes long, and test_compile.py does it for Llama.
-@pytest.mark.codegen
+@pytest.mark.newest
 @pytest.mark.parametrize("model", ["Phi3", "Gemma2"], indirect=True)
 def test_one_graph_has_the_bits_of_eager_for_all_lengths(model):
     already = len(mokernels.compile.report().graphs)

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 GOLDEN = Path(__file__).parents[1] / "data" / "checkpoints"
 
 
-@pytest.mark.codegen
+@pytest.mark.newest
 @pytest.mark.parametrize("name", ["fp8", "fp8_pc_pt", "fp8_pb_wo", "nvfp4", "mxfp8"])
 @torch._inductor.config.patch(emulate_precision_casts=True)
 def test_compiled_equals_eager_bit_for_bit(name):

@@ -72,7 +72,7 @@ def graphs() -> int:
 
 
 # test_compile.py has all formats. A prompt of one token needs one graph: less to wait for.
-@pytest.mark.codegen
+@pytest.mark.newest
 @pytest.mark.parametrize(("name", "tokens"), [("fp8_pc_pt", 1), ("nvfp4", 9)])
 # What comes from the cache on disk is not in the report.
 @torch._inductor.config.patch(emulate_precision_casts=True, force_disable_caches=True)
