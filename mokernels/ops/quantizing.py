@@ -1,4 +1,4 @@
-"""Which FP8 products quantize their activations themselves: a pure function of shape and target."""
+"""Which products quantize their activations themselves: a pure function of shape and target."""
 
 from __future__ import annotations
 
@@ -53,6 +53,21 @@ def quantizes_in_gemm(
     if activations == "token":
         return m <= TOKEN_ROWS_IN_GEMM and k <= TOKEN_K_IN_GEMM
     return m <= (STATIC_ROWS_IN_GEMM if target.casts_fp8_once else STATIC_ROWS_ENCODED_BY_BITS)
+
+
+def quantizes_row_in_gemm(m: int, target: Target) -> bool:
+    """Whether an NVFP4 or MXFP8 product that decodes its operands also quantizes its activations.
+
+    A maximum for each 16 or 32 elements, a division and an encoding cost about as many instructions
+    for an element of x as five weights take to be decoded, and every program needs all of x: for
+    one row that is a thirteenth of the work of a tile of 64 weights, and a launch before it would
+    cost more; for the 16 rows that a matrix instruction takes it would be as much again.
+
+    Args:
+        m: rows of the activations.
+        target: matrix units that apply block scales take codes, from a quantizer.
+    """
+    return m == 1 and not target.has_block_scaled_dot
 
 
 def _fits(x_bytes: int, config: GemmConfig, target: Target) -> bool:

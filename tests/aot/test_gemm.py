@@ -14,7 +14,7 @@ import torch
 
 from mokernels.ops import configs
 from mokernels.ops.configs import GemmConfig, Kind, all_configs, choose, shared_bytes
-from mokernels.ops.launch import gemm
+from mokernels.ops.launch import decode, gemm
 from mokernels.ops.launch.plan import Launch
 from mokernels.ops.target import (
     CUDA_TARGETS,
@@ -86,13 +86,13 @@ def half_block(m: int, n: int, target: Target, dtype: torch.dtype = BF16) -> gem
 def half_nvfp4(m: int, n: int, target: Target, dtype: torch.dtype = BF16) -> gemm.Planned:
     x, b = empty(m, K, dtype=dtype), empty(n, K // 2, dtype=U8)
     scale = empty(n, K // 16, dtype=FP8)
-    return gemm.plan_nvfp4_decode(x, b, scale, None, empty(), None, dtype, target=target)
+    return decode.plan_nvfp4_decode(x, b, scale, None, empty(), None, dtype, target=target)
 
 
 def half_mxfp8(m: int, n: int, target: Target, dtype: torch.dtype = BF16) -> gemm.Planned:
     x, b = empty(m, K, dtype=dtype), empty(n, K, dtype=FP8)
     scale = empty(n, K // 32, dtype=U8)
-    return gemm.plan_mxfp8_decode(x, b, scale, None, dtype, target=target)
+    return decode.plan_mxfp8_decode(x, b, scale, None, dtype, target=target)
 
 
 def nvfp4(m: int, n: int, target: Target) -> gemm.Planned:

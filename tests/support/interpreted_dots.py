@@ -37,7 +37,8 @@ def create_dot(stock: Callable[..., Any]) -> Callable[..., Any]:
     def fixed(self: Any, a: Any, b: Any, acc: Any, *options: Any) -> Any:
         if not {name_of(a), name_of(b)} <= set(TORCH_DTYPES):
             return stock(self, a, b, acc, *options)
-        product = np.matmul(values_of(a).astype(np.float32), values_of(b).astype(np.float32))
+        # Dense, row by row: BLAS adds in another order where an operand lies otherwise in memory.
+        product = np.matmul(*(values_of(x).astype(np.float32, order="C") for x in (a, b)))
         return TensorHandle((product + acc.data).astype(acc.data.dtype), acc.dtype.scalar)
 
     return fixed

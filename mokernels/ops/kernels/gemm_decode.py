@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from mokernels.ops.kernels.elements import decode_e8m0
+from mokernels.ops.kernels.quantize import block_codes
 from mokernels.ops.kernels.tiles import (
     as_operand,
     by_rows,
@@ -63,11 +64,35 @@ def decode_mxfp8(codes, exponents, DTYPE: tl.constexpr):
     return scaled_groups(as_operand(codes, DTYPE), decode_e8m0(exponents, DTYPE))
 
 
+@triton.jit
+def load_row(x, offset, COLUMNS: tl.constexpr, limit):
+    """Fp32 [1, COLUMNS] items of the one row of x; 0 beyond ``limit``."""
+    columns = offset + tl.arange(0, COLUMNS)[None, :]
+    return tl.load(x + columns, mask=columns < limit, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def quantized_row(
+    row,
+    global_scale,
+    FORMAT: tl.constexpr,
+    GROUP: tl.constexpr,
+    CASTS_ONCE: tl.constexpr,
+    HAS_TYPE: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """The values code * scale of a row [1, K] that is quantized, once for each of ROWS rows."""
+    values, _ = block_codes(row, global_scale, FORMAT, GROUP, True, CASTS_ONCE, HAS_TYPE)
+    return tl.broadcast_to(values.to(COMPUTE), (ROWS, row.shape[1]))
+
+
 @triton.jit(do_not_specialize=["M", "blocks_per_split"])
 def gemm_decode(
     x,
     w,
     block_scale,
+    global_scale_x,
     scale_x,
     scale_w,
     bias,
@@ -83,6 +108,8 @@ def gemm_decode(
     blocks_per_split,
     FORMAT: tl.constexpr,
     COMPUTE: tl.constexpr,
+    QUANTIZE: tl.constexpr,
+    CASTS_ONCE: tl.constexpr,
     EVEN_K: tl.constexpr,
     SPLIT: tl.constexpr,
     SWAP: tl.constexpr,
@@ -96,6 +123,9 @@ def gemm_decode(
     FORMAT is "nvfp4" (w bytes [N, K / 2], block_scale E4M3 [N, K / 16]) or "mxfp8" (w E4M3 [N, K],
     block_scale exponents [N, K / 32]). x is brought to COMPUTE, in which the decoded weight is
     exact: bf16, fp16 (NVFP4 only) or fp32. scale_x and scale_w are global fp32 scalars or None.
+    With QUANTIZE x is one row of floats, M being 1, and each program quantizes what it reads of it
+    as quantize_blocks does, to the bit, COMPUTE being bf16. NVFP4 does so by ``global_scale_x``,
+    which is None otherwise and is scale_x too.
     With SPLIT, ``out`` is the fp32 workspace of partial sums [splits, M, N].
     """
     PACKED: tl.constexpr = 2 if FORMAT == "nvfp4" else 1
@@ -108,8 +138,20 @@ def gemm_decode(
     s_rows = weight_rows(block_scale, rn, N, stride_block_scale)
     start, stop = split_bounds(K, blocks_per_split, BLOCK_K)
     acc = new_accumulator(BLOCK_M, BLOCK_N, SWAP)
+    if QUANTIZE:
+        HAS_TYPE: tl.constexpr = (
+            w if FORMAT == "mxfp8" else block_scale
+        ).dtype.element_ty != tl.uint8
+        row = load_row(x, start, BLOCK_K, K)
     for k in range(start, stop, BLOCK_K):
-        x_tile = load_activations(x_rows, rm < M, k, BLOCK_K, K, EVEN_K).to(COMPUTE)
+        if QUANTIZE:
+            x_tile = quantized_row(
+                row, global_scale_x, FORMAT, GROUP, CASTS_ONCE, HAS_TYPE, COMPUTE, BLOCK_M
+            )
+            # Too few bytes for a thread to be copied asynchronously: loaded a step ahead instead.
+            row = load_row(x, k + BLOCK_K, BLOCK_K, K)
+        else:
+            x_tile = load_activations(x_rows, rm < M, k, BLOCK_K, K, EVEN_K).to(COMPUTE)
         codes = load_weights(w_rows, k // PACKED, BLOCK_K // PACKED, K // PACKED, EVEN_K)
         scale = load_weights(s_rows, k // GROUP, BLOCK_K // GROUP, K // GROUP, EVEN_K)
         if FORMAT == "nvfp4":

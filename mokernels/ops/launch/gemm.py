@@ -19,9 +19,9 @@ from torch import Tensor
 from mokernels.ops.checks import dtype_or, out_dtype_of
 from mokernels.ops.configs import Kind, choose, kind_of_fp8
 from mokernels.ops.kernels.gemm_block import gemm_block
-from mokernels.ops.kernels.gemm_decode import gemm_decode
 from mokernels.ops.kernels.gemm_epilogue import gemm_epilogue
 from mokernels.ops.kernels.gemm_native import gemm_native
+from mokernels.ops.launch.decode import TRITON_DTYPES, plan_mxfp8_decode, plan_nvfp4_decode
 from mokernels.ops.launch.plan import Launch
 from mokernels.ops.launch.product import (
     Ending,
@@ -36,12 +36,6 @@ from mokernels.ops.launch.product import (
 )
 from mokernels.ops.launch.quantize import plan_dequantize_mxfp8, plan_dequantize_nvfp4
 from mokernels.ops.target import Target, target_of
-
-_TRITON_DTYPES = {
-    torch.bfloat16: tl.bfloat16,
-    torch.float16: tl.float16,
-    torch.float32: tl.float32,
-}
 
 
 def fp8_gemm(
@@ -182,7 +176,7 @@ def plan_fp8_weight_only(
     if x.dtype == torch.float32:
         kind = Kind.FP32
     out = x.new_empty((*x.shape[:-1], b.shape[0]))
-    compute, rows = _TRITON_DTYPES[x.dtype], rows_of(x)
+    compute, rows = TRITON_DTYPES[x.dtype], rows_of(x)
     ending = Ending(out, bias)
     return out, _plan_fp8(rows, b, None, scale_b, ending, kind, compute, plan_n, target)
 
@@ -242,51 +236,6 @@ def plan_mxfp8_gemm(
     return out, _plan_native(Kind.MXFP8, a, b, scale_a, scale_b, ending, plan_n, target)
 
 
-def plan_nvfp4_decode(
-    x: Tensor,
-    b: Tensor,
-    scale_b: Tensor,
-    global_scale_a: Tensor | None,
-    global_scale_b: Tensor,
-    bias: Tensor | None,
-    dtype: torch.dtype,
-    plan_n: int = 0,
-    *,
-    target: Target,
-) -> Planned:
-    """[..., N] of ``dtype`` from float x [..., K], times global_scale_a if given, and NVFP4 b."""
-    kind = Kind.FP32 if x.dtype == torch.float32 else Kind.HALF_NVFP4
-    out = x.new_empty((*x.shape[:-1], b.shape[0]), dtype=dtype)
-    ending = Ending(out, bias, global_scale_a, global_scale_b)
-    compute, block_scale = _TRITON_DTYPES[x.dtype], codes_of(dense_columns(scale_b), target)
-    launches = _plan_decode(x, b, block_scale, ending, kind, plan_n, target, "nvfp4", compute)
-    return out, launches
-
-
-def plan_mxfp8_decode(
-    x: Tensor,
-    b: Tensor,
-    scale_b: Tensor,
-    bias: Tensor | None,
-    dtype: torch.dtype,
-    plan_n: int = 0,
-    *,
-    target: Target,
-) -> Planned:
-    """[..., N] of ``dtype`` from float x [..., K] and MXFP8 b.
-
-    fp16 has too few exponents for the decoded weight, so that fp16 activations meet it in fp32.
-    """
-    kind, compute = Kind.FP32, tl.float32
-    if x.dtype == torch.bfloat16:
-        kind, compute = Kind.HALF_MXFP8, tl.bfloat16
-    out = x.new_empty((*x.shape[:-1], b.shape[0]), dtype=dtype)
-    codes, exponents = codes_of(b, target), dense_columns(scale_b)
-    ending = Ending(out, bias)
-    launches = _plan_decode(x, codes, exponents, ending, kind, plan_n, target, "mxfp8", compute)
-    return out, launches
-
-
 def _plan_fp8(
     x: Tensor,
     b: Tensor,
@@ -316,28 +265,6 @@ def _plan_fp8(
     )
     constants = {"COMPUTE": compute, "QUANTIZE": False, "CASTS_ONCE": target.casts_fp8_once}
     return plan_product(gemm_block, operands, ending, config, **constants)
-
-
-def _plan_decode(
-    x: Tensor,
-    b: Tensor,
-    block_scale: Tensor,
-    ending: Ending,
-    kind: Kind,
-    plan_n: int,
-    target: Target,
-    weight_format: str,
-    compute: Any,
-) -> tuple[Launch, ...]:
-    """Float x [..., K] by an NVFP4 or MXFP8 weight."""
-    x, w = rows_of(x), dense_columns(b)
-    (m, k), n = x.shape, w.shape[0]
-    strides = (x.stride(0), w.stride(0), block_scale.stride(0))
-    operands = Operands((x, w, block_scale), strides, (m, n, k))
-    config = choose(kind, m, n, k, target, plan_n)
-    return plan_product(
-        gemm_decode, operands, ending, config, FORMAT=weight_format, COMPUTE=compute
-    )
 
 
 def _plan_native(

@@ -2,9 +2,9 @@
 
 Where a format's codes go to the matrix units as they are, the activations are quantized to codes
 and scales: a few rows of FP8 by the GEMM itself, so that there is one launch, everything else by a
-launch before it, to the same bits. Where they are decoded again, the quantizer writes the decoded
-values at once: the same numbers (exact in bf16, without the global scale of NVFP4), and one pass
-less.
+launch before it, to the same bits. Where they are decoded again, the GEMM does both for one row,
+and otherwise the quantizer writes the decoded values at once: the same numbers (exact in bf16,
+without the global scale of NVFP4), and one pass less.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 import mokernels.numerics as numerics
-from mokernels.ops.launch.gemm import (
-    plan_fp8_gemm,
+from mokernels.ops.launch.decode import (
     plan_mxfp8_decode,
-    plan_mxfp8_gemm,
+    plan_mxfp8_row,
     plan_nvfp4_decode,
-    plan_nvfp4_gemm,
+    plan_nvfp4_row,
 )
+from mokernels.ops.launch.gemm import plan_fp8_gemm, plan_mxfp8_gemm, plan_nvfp4_gemm
 from mokernels.ops.launch.product import Planned, run
 from mokernels.ops.launch.quantize import (
     plan_fake_quantize_mxfp8,
@@ -193,6 +193,9 @@ def plan_nvfp4_linear(
 ) -> Planned:
     """NVFP4 activations and weight; both global scales multiply the finished sum."""
     tail = (input_scale, weight_scale_2, bias, x.dtype, plan_n)
+    planned = plan_nvfp4_row(x, weight, weight_scale, *tail, target=target)
+    if planned is not None:
+        return planned
     if target.has_block_scaled_dot:
         (codes, scale), quantize = plan_quantize_nvfp4(x, input_scale, target=target)
         out, multiply = plan_nvfp4_gemm(codes, weight, scale, weight_scale, *tail, target=target)
@@ -213,6 +216,9 @@ def plan_mxfp8_linear(
 ) -> Planned:
     """MXFP8 activations and weight."""
     tail = (bias, x.dtype, plan_n)
+    planned = plan_mxfp8_row(x, weight, weight_scale, *tail, target=target)
+    if planned is not None:
+        return planned
     if target.has_block_scaled_dot:
         (codes, scale), quantize = plan_quantize_mxfp8(x, target=target)
         out, multiply = plan_mxfp8_gemm(codes, weight, scale, weight_scale, *tail, target=target)

@@ -1,0 +1,188 @@
+"""Launches of products whose weight is decoded in registers: NVFP4 and MXFP8 by floats.
+
+The activations are floats: as they are, already quantized and decoded again, or one row that the
+product quantizes itself.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, Literal
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from mokernels.ops.configs import Kind, choose
+from mokernels.ops.kernels.gemm_decode import gemm_decode
+from mokernels.ops.launch.plan import Launch
+from mokernels.ops.launch.product import (
+    Ending,
+    Operands,
+    Planned,
+    codes_of,
+    dense_columns,
+    plan_product,
+    rows_of,
+)
+from mokernels.ops.quantizing import quantizes_row_in_gemm
+from mokernels.ops.target import Target
+
+TRITON_DTYPES = MappingProxyType(
+    {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
+)
+
+
+@dataclass(frozen=True)
+class DecodedWeight:
+    """A weight that a product decodes.
+
+    Attributes:
+        format: which codes and scales these are.
+        codes: bytes [N, K / 2] of NVFP4; E4M3 [N, K] of MXFP8, as bytes where the type lacks.
+        scale: E4M3 [N, K / 16] of NVFP4, likewise; exponents [N, K / 32] of MXFP8.
+    """
+
+    format: Literal["nvfp4", "mxfp8"]
+    codes: Tensor
+    scale: Tensor
+
+    @classmethod
+    def nvfp4(cls, codes: Tensor, scale: Tensor, target: Target) -> DecodedWeight:
+        """Of a checkpoint's tensors, as the kernels for ``target`` read them."""
+        return cls("nvfp4", dense_columns(codes), codes_of(dense_columns(scale), target))
+
+    @classmethod
+    def mxfp8(cls, codes: Tensor, scale: Tensor, target: Target) -> DecodedWeight:
+        """Of a checkpoint's tensors, as the kernels for ``target`` read them."""
+        return cls("mxfp8", codes_of(dense_columns(codes), target), dense_columns(scale))
+
+
+def plan_nvfp4_decode(
+    x: Tensor,
+    b: Tensor,
+    scale_b: Tensor,
+    global_scale_a: Tensor | None,
+    global_scale_b: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    plan_n: int = 0,
+    *,
+    target: Target,
+) -> Planned:
+    """[..., N] of ``dtype`` from float x [..., K], times global_scale_a if given, and NVFP4 b."""
+    kind = Kind.FP32 if x.dtype == torch.float32 else Kind.HALF_NVFP4
+    out = x.new_empty((*x.shape[:-1], b.shape[0]), dtype=dtype)
+    ending = Ending(out, bias, global_scale_a, global_scale_b)
+    weight = DecodedWeight.nvfp4(b, scale_b, target)
+    return out, _plan(x, weight, ending, kind, TRITON_DTYPES[x.dtype], plan_n, target)
+
+
+def plan_mxfp8_decode(
+    x: Tensor,
+    b: Tensor,
+    scale_b: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    plan_n: int = 0,
+    *,
+    target: Target,
+) -> Planned:
+    """[..., N] of ``dtype`` from float x [..., K] and MXFP8 b.
+
+    fp16 has too few exponents for the decoded weight, so that fp16 activations meet it in fp32.
+    """
+    kind, compute = Kind.FP32, tl.float32
+    if x.dtype == torch.bfloat16:
+        kind, compute = Kind.HALF_MXFP8, tl.bfloat16
+    out = x.new_empty((*x.shape[:-1], b.shape[0]), dtype=dtype)
+    weight = DecodedWeight.mxfp8(b, scale_b, target)
+    return out, _plan(x, weight, Ending(out, bias), kind, compute, plan_n, target)
+
+
+def plan_nvfp4_row(
+    x: Tensor,
+    b: Tensor,
+    scale_b: Tensor,
+    input_scale: Tensor,
+    global_scale_b: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    plan_n: int = 0,
+    *,
+    target: Target,
+) -> Planned | None:
+    """As quantizing x to NVFP4, decoding it to bf16 and :func:`plan_nvfp4_decode`, in one launch.
+
+    None where :func:`quantizes_row_in_gemm` says that it takes two. ``input_scale`` is fp32 with
+    one item, the global scale of x.
+    """
+    if input_scale.numel() != 1 or not quantizes_row_in_gemm(x.shape[:-1].numel(), target):
+        return None
+    out = x.new_empty((*x.shape[:-1], b.shape[0]), dtype=dtype)
+    weight = DecodedWeight.nvfp4(b, scale_b, target)
+    ending = Ending(out, bias, input_scale, global_scale_b)
+    return out, _plan_row(x, weight, input_scale, ending, Kind.HALF_NVFP4, plan_n, target)
+
+
+def plan_mxfp8_row(
+    x: Tensor,
+    b: Tensor,
+    scale_b: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    plan_n: int = 0,
+    *,
+    target: Target,
+) -> Planned | None:
+    """As quantizing x to MXFP8, decoding it to bf16 and :func:`plan_mxfp8_decode`, in one launch.
+
+    None where :func:`quantizes_row_in_gemm` says that it takes two.
+    """
+    if not quantizes_row_in_gemm(x.shape[:-1].numel(), target):
+        return None
+    out = x.new_empty((*x.shape[:-1], b.shape[0]), dtype=dtype)
+    weight = DecodedWeight.mxfp8(b, scale_b, target)
+    return out, _plan_row(x, weight, None, Ending(out, bias), Kind.HALF_MXFP8, plan_n, target)
+
+
+def _plan_row(
+    x: Tensor,
+    weight: DecodedWeight,
+    global_scale_x: Tensor | None,
+    ending: Ending,
+    kind: Kind,
+    plan_n: int,
+    target: Target,
+) -> tuple[Launch, ...]:
+    """A row that is quantized on the way; multiplied in bf16, in which its values are exact."""
+    return _plan(x, weight, ending, kind, tl.bfloat16, plan_n, target, True, global_scale_x)
+
+
+def _plan(
+    x: Tensor,
+    weight: DecodedWeight,
+    ending: Ending,
+    kind: Kind,
+    compute: Any,
+    plan_n: int,
+    target: Target,
+    quantize: bool = False,
+    global_scale_x: Tensor | None = None,
+) -> tuple[Launch, ...]:
+    x, w, scale = rows_of(x), weight.codes, weight.scale
+    (m, k), n = x.shape, w.shape[0]
+    operands = Operands(
+        (x, w, scale, global_scale_x), (x.stride(0), w.stride(0), scale.stride(0)), (m, n, k)
+    )
+    return plan_product(
+        gemm_decode,
+        operands,
+        ending,
+        choose(kind, m, n, k, target, plan_n),
+        FORMAT=weight.format,
+        COMPUTE=compute,
+        QUANTIZE=quantize,
+        CASTS_ONCE=target.casts_fp8_once,
+    )
