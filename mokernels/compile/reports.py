@@ -104,11 +104,56 @@ def layer_of(path: str) -> str:
 def _lines(index: int, graph: GraphReport) -> list[str]:
     written = graph.inductor_kernels
     others = "" if written is None else f", {written} kernels by Inductor"
-    lines = [f"graph {index}: {len(graph.calls)} calls of mokernels' operators{others}"]
+    lines = [f"graph {index}: {_calls(len(graph.calls))} of mokernels' operators{others}"]
+    layers: dict[tuple[str, int], list[int]] = {}
     for layer, count in graph.calls_per_layer().items():
-        lines.append(f"  {layer or 'outside of numbered layers'}: {count} calls")
-    for rewrite in graph.rewrites:
-        where = ", ".join(rewrite.modules) or "(module not known)"
+        name, number = _without_number(layer)
+        layers.setdefault((name, count), []).extend(number)
+    for (name, count), alike in layers.items():
+        each = " each" if len(alike) > 1 else ""
+        where = _named(name, alike) or "outside of numbered layers"
+        lines.append(f"  {where}: {_calls(count)}{each}")
+    return lines + _rewrite_lines(graph.rewrites)
+
+
+def _rewrite_lines(rewrites: Iterable[Rewrite]) -> list[str]:
+    """A line for what was done alike in several layers."""
+    alike: dict[tuple[str, str], list[int]] = {}
+    for rewrite in rewrites:
+        names = [_without_number(path) for path in rewrite.modules]
+        where = ", ".join(name for name, _ in names) or "(module not known)"
         why = f" ({rewrite.why})" if rewrite.why else ""
-        lines.append(f"  {rewrite.what} -> {rewrite.operator}: {where}{why}")
-    return lines
+        numbers = alike.setdefault((f"  {rewrite.what} -> {rewrite.operator}", where + why), [])
+        numbers.extend(number for number in dict.fromkeys(n for _, ns in names for n in ns))
+    return [f"{what}: {_named(where, numbers)}" for (what, where), numbers in alike.items()]
+
+
+def _without_number(path: str) -> tuple[str, tuple[int, ...]]:
+    """The path with a star for the layer's number, and that number if it has one."""
+    layer = layer_of(path)
+    if not layer:
+        return path, ()
+    parent, _, number = layer.rpartition(".")
+    return f"{parent + '.' if parent else ''}*{path[len(layer) :]}", (int(number),)
+
+
+def _named(where: str, numbers: list[int]) -> str:
+    """Paths of one layer as they are; of several with a star, and which layers these are."""
+    if len(set(numbers)) < 2:
+        return where.replace("*", str(numbers[0])) if numbers else where
+    return f"{where} (* = {_ranges(sorted(set(numbers)))})"
+
+
+def _ranges(numbers: list[int]) -> str:
+    """``0-3, 7`` of 0, 1, 2, 3, 7."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+
+
+def _calls(count: int) -> str:
+    return f"{count} call{'s' * (count != 1)}"
