@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch.func import functionalize
 from torch.fx import Graph, Node
+from torch.fx.node import map_arg
 
 from mokernels.compile.graph import (
     arguments,
@@ -58,11 +59,11 @@ _COPIES = (aten.clone.default, aten.cat.default)
 
 def expand_quantizations(graph: Graph) -> list[Node]:
     """Write quantizations behind Inductor's code as plain torch; returns those it replaced."""
-    expanded = []
+    expanded, traces = [], Traces()
     for node in calls(graph, QUANTIZERS):
         x = node.args[0]
         if name_of(node) in _expandable(value(x)) and is_inductors(x):
-            inline(graph, node)
+            inline(graph, node, traces)
             expanded.append(node)
     return expanded
 
@@ -84,9 +85,9 @@ def expand_products(graph: Graph) -> list[Node]:
     What is left of them is a product of fp32 matrices, by the same library as in eager mode.
     Inductor decodes a weight in one vectorised pass, which eager mode does in eight.
     """
-    expanded = [node for node in calls(graph, ROWS) if _has_whole_blocks(node)]
+    expanded, traces = [node for node in calls(graph, ROWS) if _has_whole_blocks(node)], Traces()
     for node in expanded:
-        inline(graph, node)
+        inline(graph, node, traces)
     return expanded
 
 
@@ -135,12 +136,37 @@ def is_inductors(node: Any) -> bool:
     return target.namespace == "aten" and (torch.Tag.pointwise in target.tags or target in _COPIES)
 
 
-def inline(graph: Graph, node: Node) -> None:
-    """Replace a call of one of our operators by the torch operations of its reference."""
+class Traces:
+    """The references of operators as graphs: one for all calls with operands of the same kind.
+
+    The layers of a model repeat their shapes, and tracing a reference takes ten times as long as
+    copying its graph. The graphs belong to the fake tensors of one graph and serve no other.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[Any, ...], Graph] = {}
+
+    def of(self, node: Node) -> Graph:
+        """The reference of a call, its placeholders being the call's tensors, in their order."""
+        values = [value(argument) for argument in node.args]
+        key = (name_of(node), *map(_kind, values))
+        if key not in self._known:
+            self._known[key] = _traced(name_of(node), values)
+        return self._known[key]
+
+
+def _kind(operand: Any) -> Any:
+    """What a trace depends on: all of an operand but a tensor's items."""
+    if isinstance(operand, torch.Tensor):
+        sizes = (str(size) for size in (*operand.shape, *operand.stride()))
+        return (operand.dtype, operand.device, *sizes)
+    return str(operand)
+
+
+def _traced(name: str, values: list[Any]) -> Graph:
     from torch._inductor.pattern_matcher import fwd_only
 
-    reference, given = reference_of(name_of(node)), list(node.args)
-    values = [value(argument) for argument in given]
+    reference = reference_of(name)
     tensors = [index for index, v in enumerate(values) if isinstance(v, torch.Tensor)]
 
     def computed(*filled: torch.Tensor) -> Any:
@@ -154,16 +180,34 @@ def inline(graph: Graph, node: Node) -> None:
         traced = fwd_only(functionalize(computed), [values[index] for index in tensors])
         if values[0].device.type != "cpu":
             _round_reciprocals_once(traced.graph)
-    placeholders = traced.graph.find_nodes(op="placeholder")
-    bound = {p: given[index] for p, index in zip(placeholders, tensors, strict=True)}
+    graph: Graph = traced.graph
+    return graph
+
+
+def inline(graph: Graph, node: Node, traces: Traces) -> None:
+    """Replace a call of one of our operators by the torch operations of its reference."""
+    trace = traces.of(node)
+    given = [a for a in node.args if isinstance(value(a), torch.Tensor)]
+    placeholders = trace.find_nodes(op="placeholder")
+    copies: dict[Node, Any] = dict(zip(placeholders, given, strict=True))
     with graph.inserting_before(node):
-        result = graph.graph_copy(traced.graph, bound)
+        result = graph.graph_copy(trace, copies)
+    made = [copies[each] for each in trace.nodes if each.op == "call_function"]
+    with fake_mode_of(map(value, given)):
+        _evaluate(made)
     results = list(result) if isinstance(result, (tuple, list)) else [result]
     if name_of(node) in PAIR_QUANTIZERS:
         replace_items(node, results)
     else:
         node.replace_all_uses_with(results[0])
         graph.erase_node(node)
+
+
+def _evaluate(nodes: list[Node]) -> None:
+    """Give copied nodes fake tensors of their own: whose storage is whose tells what may alias."""
+    for node in nodes:
+        args, kwargs = map_arg((node.args, node.kwargs), value)
+        node.meta = {**node.meta, "val": node.target(*args, **kwargs)}  # type: ignore[operator]
 
 
 def _round_reciprocals_once(graph: Graph) -> None:
