@@ -15,6 +15,9 @@ adding its results; a kernel that did (a GEMV, say) would have to fix its warps 
 
 ``split_k`` is a function of N, K, the bucket of M and the number of processors. N is ``plan_n``,
 the N of the fused group, so that a member of a group that is run alone adds as the group does.
+Inside :func:`mokernels.batch_invariant` it is that of a single row for every M, so that the order
+of addition does not depend on M at all. Many rows then add their parts of K ``serial``, to the same
+bits: a workspace of partial sums would grow with M.
 """
 
 from __future__ import annotations
@@ -38,7 +41,13 @@ BLOCKS_PER_SPLIT: int = 4
 REDUCE_COLUMNS: int = 512
 """Columns of the tile of one row that a program of the split-K reduction adds."""
 
+PARALLEL_ROWS: int = 64
+"""Most rows whose partial sums are worth programs of their own where their number is given."""
+
+Split = Literal["parts", "serial"] | None
+"""How the parts of K are added: by a second launch, by the program itself, or there is only one."""
 Generation = Literal["mma", "wgmma", "tcgen05", "mfma"]
+Table = Literal[Generation, "bits"]
 
 
 class Kind(enum.Enum):
@@ -79,7 +88,9 @@ class GemmConfig:
         swap: the weight is the M side of the matrix instruction.
         promote: FP8 products after which Hopper's accumulator is added to an fp32 one; None never.
         group_m: row tiles that neighbouring programs walk before the next column.
-        split_k: number of partial sums; more than 1 takes a workspace and a second launch.
+        split_k: number of partial sums; more than 1 takes a workspace and a second launch, or
+            ``serial``.
+        serial: a program computes all partial sums of its tile, one after the other.
     """
 
     block_m: int
@@ -91,11 +102,19 @@ class GemmConfig:
     promote: int | None = None
     group_m: int = 8
     split_k: int = 1
+    serial: bool = False
 
     @property
     def order(self) -> tuple[int, int, int | None]:
         """What fixes the order of addition, for one kind and target; equal orders, equal bits."""
         return self.block_k, self.split_k, self.promote
+
+    @property
+    def split(self) -> Split:
+        """What the kernels do about the partial sums."""
+        if self.split_k == 1:
+            return None
+        return "serial" if self.serial else "parts"
 
     def blocks_per_split(self, k: int) -> int:
         """K steps of one partial sum of a product over ``k``."""
@@ -108,7 +127,15 @@ Rows = tuple[tuple[int, GemmConfig], ...]
 ANY_M = 1 << 62
 
 
-def choose(kind: Kind, m: int, n: int, k: int, target: Target, plan_n: int = 0) -> GemmConfig:
+def choose(
+    kind: Kind,
+    m: int,
+    n: int,
+    k: int,
+    target: Target,
+    plan_n: int = 0,
+    invariant: bool = False,
+) -> GemmConfig:
     """The configuration of a product [m, k] by [n, k].
 
     Args:
@@ -118,8 +145,10 @@ def choose(kind: Kind, m: int, n: int, k: int, target: Target, plan_n: int = 0) 
         k: elements that are summed.
         target: the device's kind, and its number of processors.
         plan_n: rows of the fused group that the weight belongs to; 0 if it stands alone.
+        invariant: add in the same order for every ``m``, that of one row.
     """
-    return _choose(kind, bucket(m), plan_n or n, k, target)
+    chosen = _choose_invariant if invariant else _choose
+    return chosen(kind, bucket(m), plan_n or n, k, target)
 
 
 def bucket(m: int) -> int:
@@ -128,38 +157,9 @@ def bucket(m: int) -> int:
 
 
 def all_configs(target: Target) -> dict[Kind, tuple[GemmConfig, ...]]:
-    """Everything that :func:`choose` can return for a target, before it sets ``split_k``."""
+    """Everything that :func:`choose` can return for a target, before it sets the split."""
     kinds = {kind: tuple(_distinct(_rows(kind, target))) for kind in Kind}
     return {kind: configs for kind, configs in kinds.items() if configs}
-
-
-def config_ok(config: GemmConfig, kind: Kind, target: Target) -> bool:
-    """Whether a program fits the target, and the configuration the kernel."""
-    powers_of_two = all(
-        value & (value - 1) == 0 for value in (config.block_m, config.block_n, config.block_k)
-    )
-    block_scales = kind in (Kind.FP8_BLOCK, Kind.HALF_BLOCK, Kind.FP32)
-    one_scale = FP8_BLOCK % config.block_k == 0 and FP8_BLOCK % config.block_n == 0
-    promotes = config.promote is None or config.block_k % config.promote == 0
-    fits = shared_bytes(config, kind, target) <= target.shared_memory
-    return powers_of_two and fits and promotes and (one_scale or not block_scales)
-
-
-def shared_bytes(config: GemmConfig, kind: Kind, target: Target) -> int:
-    """Upper bound of the shared memory of a program, in bytes.
-
-    Pipelined loads keep ``num_stages`` copies of a step's operands as they are stored, one less
-    where the matrix instruction is synchronous; a decoded weight may take one more copy in its new
-    dtype; the result passes through shared memory in fp32 at the end, when the loads' buffers are
-    free again.
-    """
-    x_item, w_item = _stored_bytes(kind)
-    rows = config.block_m * x_item + config.block_n * w_item
-    step = int(config.block_k * (rows + _scale_bytes(config, kind)))
-    decoded = config.block_n * config.block_k * x_item if kind.value.startswith("half") else 0
-    copies = config.num_stages - (_generation(target) == "mma")
-    end = 4 * config.block_m * config.block_n
-    return max(copies * step + int(decoded), end) + 1024
 
 
 def kind_of_fp8(target: Target, block_scales: bool, fast_accum: bool) -> Kind:
@@ -169,11 +169,29 @@ def kind_of_fp8(target: Target, block_scales: bool, fast_accum: bool) -> Kind:
     return Kind.FP8_FAST if fast_accum and target.promotes_accumulator else Kind.FP8
 
 
+def generation(target: Target) -> Generation:
+    """Which kind of matrix instruction the target has."""
+    if target.backend != "cuda":
+        return "mfma"
+    if not target.wants_swapped_operands:
+        return "mma"
+    return "wgmma" if target.promotes_accumulator else "tcgen05"
+
+
 @cache
 def _choose(kind: Kind, m: int, n: int, k: int, target: Target) -> GemmConfig:
     rows = _rows(kind, target)
     config = next((row for end, row in rows if m <= end), rows[-1][1])
     return replace(config, split_k=_split(config, m, n, k, target))
+
+
+@cache
+def _choose_invariant(kind: Kind, m: int, n: int, k: int, target: Target) -> GemmConfig:
+    split_k = _choose(kind, M_BUCKETS[0], n, k, target).split_k
+    serial = m > PARALLEL_ROWS and split_k > 1
+    if serial:
+        m = min(m, _SERIAL_BUCKETS.get((_table(kind, target), kind), ANY_M))
+    return replace(_choose(kind, m, n, k, target), split_k=split_k, serial=serial)
 
 
 def _split(config: GemmConfig, m: int, n: int, k: int, target: Target) -> int:
@@ -196,36 +214,6 @@ def _split(config: GemmConfig, m: int, n: int, k: int, target: Target) -> int:
     return _ceil_div(blocks, _ceil_div(blocks, chosen)) if blocks else 1
 
 
-def _stored_bytes(kind: Kind) -> tuple[float, float]:
-    """Bytes of an element of x and of w in memory (16-bit or fp32 x; the largest w)."""
-    if kind is Kind.NVFP4:
-        return 0.5, 0.5
-    if kind is Kind.FP32:
-        return 4, 1
-    if kind in (Kind.FP8, Kind.FP8_FAST, Kind.FP8_BLOCK, Kind.MXFP8):
-        return 1, 1
-    return 2, 0.5 if kind is Kind.HALF_NVFP4 else 1
-
-
-def _scale_bytes(config: GemmConfig, kind: Kind) -> float:
-    """Bytes of pipelined block scales for each element of K in a step."""
-    if kind is Kind.NVFP4:
-        return (config.block_m + config.block_n) / 16
-    if kind is Kind.MXFP8:
-        return (config.block_m + config.block_n) / 32
-    return config.block_n / {Kind.HALF_NVFP4: 16, Kind.HALF_MXFP8: 32, Kind.FP32: 16}.get(
-        kind, ANY_M
-    )
-
-
-def _generation(target: Target) -> Generation:
-    if target.backend != "cuda":
-        return "mfma"
-    if not target.wants_swapped_operands:
-        return "mma"
-    return "wgmma" if target.promotes_accumulator else "tcgen05"
-
-
 def _rows(kind: Kind, target: Target) -> Rows:
     if kind in (Kind.NVFP4, Kind.MXFP8) and not target.has_block_scaled_dot:
         return ()
@@ -233,10 +221,12 @@ def _rows(kind: Kind, target: Target) -> Rows:
         return ()
     if kind is Kind.FP32:
         return _FP32
-    table = _TABLES[_generation(target)]
-    if kind in (Kind.FP8, Kind.FP8_BLOCK) and not target.has_fp8_dot:
-        return _BITS
-    return table[kind]
+    return _TABLES[_table(kind, target)][kind]
+
+
+def _table(kind: Kind, target: Target) -> Table:
+    decodes = kind in (Kind.FP8, Kind.FP8_BLOCK) and not target.has_fp8_dot
+    return "bits" if decodes else generation(target)
 
 
 def _distinct(rows: Rows) -> Iterator[GemmConfig]:
@@ -389,6 +379,30 @@ _MFMA: Mapping[Kind, Rows] = MappingProxyType(
     }
 )
 
-_TABLES: Mapping[Generation, Mapping[Kind, Rows]] = MappingProxyType(
-    {"mma": _MMA, "wgmma": _WGMMA, "tcgen05": _TCGEN05, "mfma": _MFMA}
+_TABLES: Mapping[Table, Mapping[Kind, Rows]] = MappingProxyType(
+    {
+        "bits": MappingProxyType({Kind.FP8: _BITS, Kind.FP8_BLOCK: _BITS}),
+        "mma": _MMA,
+        "wgmma": _WGMMA,
+        "tcgen05": _TCGEN05,
+        "mfma": _MFMA,
+    }
 )
+
+_SERIAL_BUCKETS: Mapping[tuple[Table, Kind], int] = MappingProxyType(
+    {
+        ("bits", Kind.FP8_BLOCK): 32,
+        ("wgmma", Kind.FP8_FAST): 512,
+        **{
+            ("mma", kind): 64
+            for kind in (
+                Kind.HALF_BLOCK,
+                Kind.HALF_NVFP4,
+                Kind.HALF_MXFP8,
+                Kind.NVFP4,
+                Kind.MXFP8,
+            )
+        },
+    }
+)
+"""Largest bucket whose tile leaves registers for a second accumulator: larger ones take it too."""
