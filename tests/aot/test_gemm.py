@@ -14,8 +14,7 @@ import pytest
 import torch
 
 from mokernels.ops import configs
-from mokernels.ops.config_limits import shared_bytes
-from mokernels.ops.configs import PARALLEL_ROWS, GemmConfig, Kind, all_configs, choose
+from mokernels.ops.configs import PARALLEL_ROWS, GemmConfig, Kind, all_configs, choose, shared_bytes
 from mokernels.ops.launch import decode, gemm
 from mokernels.ops.launch.plan import Launch
 from mokernels.ops.target import (

@@ -169,7 +169,7 @@ class Chosen:
 
 
 @every_target
-@every_operator
+@pytest.mark.parametrize("name", ["fp8_linear", "fp8_block_linear", "nvfp4_linear"])
 def test_serial_parts_are_added_as_parallel_ones(device, target, name, monkeypatch):
     run, x = drawn(device, name)
     results, splits = [], []

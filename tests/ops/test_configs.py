@@ -8,7 +8,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mokernels.ops.config_limits import config_ok, shared_bytes
 from mokernels.ops.configs import (
     ANY_M,
     BLOCKS_PER_SPLIT,
@@ -20,7 +19,9 @@ from mokernels.ops.configs import (
     all_configs,
     bucket,
     choose,
+    config_ok,
     kind_of_fp8,
+    shared_bytes,
 )
 from mokernels.ops.target import (
     CUDA_TARGETS,
