@@ -86,6 +86,20 @@ def test_batch_invariant_products_stay_operators(inside, hook):
     assert bool(expanded) != inside
 
 
+def test_batch_invariance_entered_inside_breaks_the_graph_and_holds():
+    weight, scale = torch.randn(48, K).to(torch.float8_e4m3fn), torch.ones(())
+
+    def entering(x):
+        with mokernels.batch_invariant():
+            return torch.ops.mokernels.fp8_weight_only_gemm(x, weight, scale)
+
+    torch._dynamo.reset()
+    x = torch.randn(130, K)
+    assert torch.equal(torch.compile(entering, backend="eager")(x), entering(x))
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        torch.compile(entering, backend="eager", fullgraph=True)(x)
+
+
 def test_disable_takes_back_only_ours(hook):
     def foreign(graph):
         return None

@@ -119,7 +119,9 @@ def test_leading_dimensions_and_no_rows_at_all():
 def other_order_for_batches(a, b):
     """A product as libraries make them: the order of addition follows the number of rows."""
     products = a[..., None, :] * b
-    return (products if a.shape[0] == 1 else products.flip(-1)).cumsum(-1)[..., -1]
+    if a.shape[0] == 1:
+        return products.sum(-1)
+    return products[..., ::2].sum(-1) + products[..., 1::2].sum(-1)
 
 
 def test_the_comparison_can_fail(monkeypatch):
