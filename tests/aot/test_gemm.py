@@ -232,11 +232,32 @@ def test_main_loop(case: GemmCase, compiled: Compiled):
     sass.assert_fits(compiled)
     assert compiled.shared <= shared_bytes(case.config, case.kind, case.target)
     assert_operands_come_wide(case, loop)
-    additions = sass.count(loop)["FADD"]
+    additions = additions_of(loop)
     promoted = case.target is SM_90 and case.kind is Kind.FP8
     assert bool(additions) == promoted, f"{additions} additions, promoted: {promoted}"
+    assert_one_rounding_less(case, compiled, additions)
     if (case.target, case.kind) == (SM_120, Kind.MXFP8):
         sass.assert_opcode(compiled, r"^QMMA\.SF")
+
+
+def additions_of(code: list[sass.Instruction]) -> int:
+    """Plain fp32 additions of a thread; FADD2 makes two."""
+    counted = sass.count(code)
+    return counted["FADD"] + 2 * counted["FADD2"]
+
+
+def assert_one_rounding_less(case: GemmCase, compiled: Compiled, in_loop: int) -> None:
+    """Every build contracts scales with sums alike, or bits would depend on the tile.
+
+    No addition is left beside multiply-adds, but for one of each part where a program adds the
+    parts itself. NVFP4 parts come times a power of two, with which contraction changes no bit.
+    """
+    config, code = case.config, sass.instructions(compiled.sass)
+    elements = config.block_m * config.block_n // (32 * config.num_warps)
+    wanted = [elements if config.split == "serial" else 0]
+    if case.kind is Kind.HALF_NVFP4:
+        wanted.append(0)
+    assert additions_of(code) - in_loop in wanted, case.name
 
 
 def assert_operands_come_wide(case: GemmCase, loop: list[sass.Instruction]) -> None:

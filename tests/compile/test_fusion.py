@@ -96,6 +96,7 @@ def test_batch_invariance_entered_inside_breaks_the_graph_and_holds():
     torch._dynamo.reset()
     x = torch.randn(130, K)
     assert torch.equal(torch.compile(entering, backend="eager")(x), entering(x))
+    torch._dynamo.reset()
     with pytest.raises(torch._dynamo.exc.Unsupported):
         torch.compile(entering, backend="eager", fullgraph=True)(x)
 
