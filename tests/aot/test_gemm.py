@@ -278,11 +278,15 @@ def fp32_cases() -> Iterator[Case]:
         for plan in (half_fp8, half_block, half_nvfp4, half_mxfp8):
             for m in (1, 128):
                 name = f"{plan.__name__}-{m}"
-                yield Case("gemm-fp32", target, name, fp32_launch(plan, m, target))
+                yield Case("gemm-fp32", target, name, fp32_launch(plan, m, 28672, target))
+        name = f"{half_nvfp4.__name__}-serial"
+        yield Case("gemm-fp32", target, name, fp32_launch(half_nvfp4, 128, 2048, target, True))
 
 
-def fp32_launch(plan: Callable[..., gemm.Planned], m: int, target: Target) -> Callable[[], Launch]:
-    return lambda: only(plan(m, 28672, target, FP32), "gemm_")
+def fp32_launch(
+    plan: Callable[..., gemm.Planned], m: int, n: int, target: Target, invariant: bool = False
+) -> Callable[[], Launch]:
+    return lambda: only(plan(m, n, target, FP32, invariant), "gemm_")
 
 
 @pytest.mark.aot_cases(list(fp32_cases()))
@@ -326,6 +330,16 @@ def test_fp16(case: Case, compiled: Compiled):
 @pytest.mark.parametrize("plan", [fp8, fp8_block, half_fp8, half_block, half_nvfp4, half_mxfp8])
 def test_compiles_for_amd(target, plan):
     compiled = compile_launch(only(plan(64, 4096, target), "gemm_"), target)
+    assert "v_mfma" in compiled.amdgcn
+    assert not compiled.spills
+
+
+@pytest.mark.parametrize("target", HIP_TARGETS, ids=lambda target: target.name)
+@pytest.mark.parametrize("plan", [fp8_block, half_nvfp4])
+def test_serial_parts_compile_for_amd(plan, target):
+    launch = only(plan(128, 4096, target, invariant=True), "gemm_")
+    compiled = compile_launch(launch, target)
+    assert launch.constants["SPLIT"] == "serial"
     assert "v_mfma" in compiled.amdgcn
     assert not compiled.spills
 
