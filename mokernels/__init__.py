@@ -22,6 +22,7 @@ from mokernels.errors import (
     UnsupportedFormatError,
 )
 from mokernels.hf import hook as _hook
+from mokernels.invariance import batch_invariant
 from mokernels.layers import explain
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ __all__ = [
     "ModelOptConfig",
     "MokernelsError",
     "UnsupportedFormatError",
+    "batch_invariant",
     "check",
     "explain",
     "from_pretrained",

@@ -11,6 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "mokernels"
 ROOMS = [
     "errors",
     "formats",
+    "invariance",
     "numerics",
     "ops",
     "compile",

@@ -13,6 +13,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_file
 from torch.fx import Graph, Node
 
 import mokernels.formats
+import mokernels.invariance
 import mokernels.numerics
 import mokernels.ops
 from mokernels.compile.graph import calls, name_of, value
@@ -27,6 +28,7 @@ from mokernels.compile.remaining import (
 from mokernels.compile.reports import GraphReport, Rewrite, graph_report, modules_of
 from mokernels.compile.share import ROWS, merge_projections, share_quantizations
 from mokernels.compile.split import QUANTIZERS, split_linears
+from mokernels.invariance import is_batch_invariant
 
 _LINEARS = (
     "fp8_linear",
@@ -81,8 +83,8 @@ class FusionPass(CustomGraphPass):
         self._kernels_before = None
 
     def uuid(self) -> Any:
-        """Changes with every source that the pass' result depends on, and with the options."""
-        return _uuid(self.options)
+        """Changes with every source that the pass' result depends on, the options and the mode."""
+        return _uuid(self.options, is_batch_invariant())
 
     def _rewrite(self, graph: Graph) -> list[Rewrite]:
         options, rewrites, on_cpu = self.options, [], _on_cpu(graph)
@@ -102,7 +104,8 @@ class FusionPass(CustomGraphPass):
         if options.expand:
             for node in expand_quantizations(graph):
                 rewrites.append(_rewrite("quantize left to Inductor", "Inductor", node))
-        if options.expand and on_cpu:
+        # Torch's own product on the CPU adds in an order that follows the number of rows.
+        if options.expand and on_cpu and not is_batch_invariant():
             for node in expand_products(graph):
                 rewrites.append(_rewrite("weight decoded by Inductor", "mm in fp32", node))
         if options.quantize_in_gemm:
@@ -152,9 +155,9 @@ def pass_for(options: FusionOptions) -> FusionPass:
 
 
 @cache
-def _uuid(options: FusionOptions) -> Any:
+def _uuid(options: FusionOptions, invariant: bool) -> Any:
     # Torch remembers one hash alone, and every pass of a chain may ask for its own at every graph.
-    return get_hash_for_files(_sources(), extra=repr(astuple(options)))
+    return get_hash_for_files(_sources(), extra=repr((*astuple(options), invariant)))
 
 
 @cache
@@ -162,4 +165,5 @@ def _sources() -> tuple[str, ...]:
     """Files of the pass, of the operators (their schemas and references), numerics and formats."""
     packages = (Path(__file__), Path(mokernels.ops.__file__), Path(mokernels.numerics.__file__))
     found = [file for package in packages for file in package.parent.rglob("*.py")]
-    return tuple(sorted(map(str, [*found, mokernels.formats.__file__])))
+    modules = (mokernels.formats.__file__, mokernels.invariance.__file__)
+    return tuple(sorted(map(str, [*found, *modules])))

@@ -22,6 +22,7 @@ from mokernels.compile.regional import HowToCompile, Regions, attached_regions, 
 from mokernels.compile.step import Capture, Steps
 from mokernels.errors import ArgumentError
 from mokernels.hf.static_cache import CACHE_NAME, KeptCache
+from mokernels.invariance import is_batch_invariant
 
 KEPT = 2
 """Caches that a model keeps, each with its captured steps: the last ones used."""
@@ -74,7 +75,8 @@ class Session:
         if weights != self._weights:
             self._kept.clear()
             self._weights = weights
-        key = (rows, length, capture is not None)
+        # Captured steps replay the kernels of the mode that they were captured in.
+        key = (rows, length, capture is not None, is_batch_invariant())
         if key not in self._kept:
             while len(self._kept) >= KEPT:
                 self._kept.popitem(last=False)

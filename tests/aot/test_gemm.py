@@ -1,7 +1,8 @@
 """What the compilers make of every GEMM configuration: instructions, registers, shared memory.
 
 Cases go through the launchers, so that what is compiled is what would run: for every kind of
-product and every bucket of M, one weight that splits K and one that does not.
+product and every bucket of M, one weight that splits K and one that does not; and, for many rows
+that keep the order of one, the parts of K one after the other.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from mokernels.ops import configs
-from mokernels.ops.configs import GemmConfig, Kind, all_configs, choose, shared_bytes
+from mokernels.ops.configs import PARALLEL_ROWS, GemmConfig, Kind, all_configs, choose, shared_bytes
 from mokernels.ops.launch import decode, gemm
 from mokernels.ops.launch.plan import Launch
 from mokernels.ops.target import (
@@ -56,58 +57,72 @@ def empty(*shape: int, dtype: torch.dtype = FP32) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def fp8(m: int, n: int, target: Target, fast: bool = False) -> gemm.Planned:
+def fp8(
+    m: int, n: int, target: Target, fast: bool = False, invariant: bool = False
+) -> gemm.Planned:
     a, b = empty(m, K, dtype=FP8), empty(n, K, dtype=FP8)
     scales = (empty(m), empty(n))
-    return gemm.plan_fp8_gemm(a, b, *scales, empty(n, dtype=BF16), BF16, fast, target=target)
+    return gemm.plan_fp8_gemm(
+        a, b, *scales, empty(n, dtype=BF16), BF16, fast, target=target, invariant=invariant
+    )
 
 
-def fp8_fast(m: int, n: int, target: Target) -> gemm.Planned:
-    return fp8(m, n, target, fast=True)
+def fp8_fast(m: int, n: int, target: Target, invariant: bool = False) -> gemm.Planned:
+    return fp8(m, n, target, True, invariant)
 
 
-def fp8_block(m: int, n: int, target: Target) -> gemm.Planned:
+def fp8_block(m: int, n: int, target: Target, invariant: bool = False) -> gemm.Planned:
     a, b = empty(m, K, dtype=FP8), empty(n, K, dtype=FP8)
     scales = (empty(m, K // 128), empty(-(-n // 128), K // 128))
-    return gemm.plan_fp8_gemm(a, b, *scales, None, BF16, target=target)
+    return gemm.plan_fp8_gemm(a, b, *scales, None, BF16, target=target, invariant=invariant)
 
 
-def half_fp8(m: int, n: int, target: Target, dtype: torch.dtype = BF16) -> gemm.Planned:
+def half_fp8(
+    m: int, n: int, target: Target, dtype: torch.dtype = BF16, invariant: bool = False
+) -> gemm.Planned:
     x, b = empty(m, K, dtype=dtype), empty(n, K, dtype=FP8)
-    return gemm.plan_fp8_weight_only(x, b, empty(n), None, target=target)
+    return gemm.plan_fp8_weight_only(x, b, empty(n), None, target=target, invariant=invariant)
 
 
-def half_block(m: int, n: int, target: Target, dtype: torch.dtype = BF16) -> gemm.Planned:
+def half_block(
+    m: int, n: int, target: Target, dtype: torch.dtype = BF16, invariant: bool = False
+) -> gemm.Planned:
     x, b = empty(m, K, dtype=dtype), empty(n, K, dtype=FP8)
     scale = empty(-(-n // 128), K // 128)
-    return gemm.plan_fp8_weight_only(x, b, scale, None, target=target)
+    return gemm.plan_fp8_weight_only(x, b, scale, None, target=target, invariant=invariant)
 
 
-def half_nvfp4(m: int, n: int, target: Target, dtype: torch.dtype = BF16) -> gemm.Planned:
+def half_nvfp4(
+    m: int, n: int, target: Target, dtype: torch.dtype = BF16, invariant: bool = False
+) -> gemm.Planned:
     x, b = empty(m, K, dtype=dtype), empty(n, K // 2, dtype=U8)
     scale = empty(n, K // 16, dtype=FP8)
-    return decode.plan_nvfp4_decode(x, b, scale, None, empty(), None, dtype, target=target)
+    return decode.plan_nvfp4_decode(
+        x, b, scale, None, empty(), None, dtype, target=target, invariant=invariant
+    )
 
 
-def half_mxfp8(m: int, n: int, target: Target, dtype: torch.dtype = BF16) -> gemm.Planned:
+def half_mxfp8(
+    m: int, n: int, target: Target, dtype: torch.dtype = BF16, invariant: bool = False
+) -> gemm.Planned:
     x, b = empty(m, K, dtype=dtype), empty(n, K, dtype=FP8)
     scale = empty(n, K // 32, dtype=U8)
-    return decode.plan_mxfp8_decode(x, b, scale, None, dtype, target=target)
+    return decode.plan_mxfp8_decode(x, b, scale, None, dtype, target=target, invariant=invariant)
 
 
-def nvfp4(m: int, n: int, target: Target) -> gemm.Planned:
+def nvfp4(m: int, n: int, target: Target, invariant: bool = False) -> gemm.Planned:
     a, b = empty(m, K // 2, dtype=U8), empty(n, K // 2, dtype=U8)
     scales = (empty(m, K // 16, dtype=FP8), empty(n, K // 16, dtype=FP8), empty(), empty())
-    return gemm.plan_nvfp4_gemm(a, b, *scales, None, BF16, target=target)
+    return gemm.plan_nvfp4_gemm(a, b, *scales, None, BF16, target=target, invariant=invariant)
 
 
-def mxfp8(m: int, n: int, target: Target) -> gemm.Planned:
+def mxfp8(m: int, n: int, target: Target, invariant: bool = False) -> gemm.Planned:
     a, b = empty(m, K, dtype=FP8), empty(n, K, dtype=FP8)
     scales = (empty(m, K // 32, dtype=U8), empty(n, K // 32, dtype=U8))
-    return gemm.plan_mxfp8_gemm(a, b, *scales, None, BF16, target=target)
+    return gemm.plan_mxfp8_gemm(a, b, *scales, None, BF16, target=target, invariant=invariant)
 
 
-PLANS: dict[Kind, Callable[[int, int, Target], gemm.Planned]] = {
+PLANS: dict[Kind, Callable[..., gemm.Planned]] = {
     Kind.FP8: fp8,
     Kind.FP8_FAST: fp8_fast,
     Kind.FP8_BLOCK: fp8_block,
@@ -140,20 +155,33 @@ def gemm_cases(targets: tuple[Target, ...]) -> Iterator[GemmCase]:
                     yield gemm_case(kind, config, target, plan, m, n)
 
 
+def serial_cases(targets: tuple[Target, ...]) -> Iterator[GemmCase]:
+    """Every tile whose program adds the parts of K itself; one family, since it is one loop."""
+    for target in targets:
+        for kind, plan in PLANS.items():
+            seen = set()
+            for m in (m for m in ROWS if m > PARALLEL_ROWS and kind in all_configs(target)):
+                config = choose(kind, m, WEIGHTS[1], K, target, invariant=True)
+                if config.split == "serial" and config not in seen:
+                    seen.add(config)
+                    yield gemm_case(kind, config, target, plan, m, WEIGHTS[1])
+
+
 def gemm_case(
     kind: Kind,
     config: GemmConfig,
     target: Target,
-    plan: Callable[[int, int, Target], gemm.Planned],
+    plan: Callable[..., gemm.Planned],
     m: int,
     n: int,
 ) -> GemmCase:
-    tile = f"{config.block_m}x{config.block_n}x{config.block_k}-split{config.split_k}"
+    tile = f"{config.block_m}x{config.block_n}x{config.block_k}"
+    serial = config.serial
     return GemmCase(
-        f"gemm-{kind.value}",
+        "gemm-serial" if serial else f"gemm-{kind.value}",
         target,
-        tile,
-        lambda: only(plan(m, n, target), "gemm_"),
+        f"{kind.value}-{tile}-{config.split_k}" if serial else f"{tile}-split{config.split_k}",
+        lambda: only(plan(m, n, target, invariant=serial), "gemm_"),
         kind=kind,
         config=config,
     )
@@ -165,7 +193,7 @@ def only(planned: gemm.Planned, name: str) -> Launch:
     return launch
 
 
-CASES = list(gemm_cases(CUDA_TARGETS))
+CASES = [*gemm_cases(CUDA_TARGETS), *serial_cases(CUDA_TARGETS)]
 
 
 def case_bytes(config: GemmConfig, kind: Kind) -> tuple[int, int]:
@@ -189,7 +217,7 @@ def test_every_configuration_is_compiled():
     for target in CUDA_TARGETS:
         for kind, chosen in all_configs(target).items():
             compiled = {
-                replace(case.config, split_k=1)
+                replace(case.config, split_k=1, serial=False)
                 for case in CASES
                 if (case.target, case.kind) == (target, kind)
             }
@@ -204,11 +232,32 @@ def test_main_loop(case: GemmCase, compiled: Compiled):
     sass.assert_fits(compiled)
     assert compiled.shared <= shared_bytes(case.config, case.kind, case.target)
     assert_operands_come_wide(case, loop)
-    additions = sass.count(loop)["FADD"]
+    additions = additions_of(loop)
     promoted = case.target is SM_90 and case.kind is Kind.FP8
     assert bool(additions) == promoted, f"{additions} additions, promoted: {promoted}"
+    assert_one_rounding_less(case, compiled, additions)
     if (case.target, case.kind) == (SM_120, Kind.MXFP8):
         sass.assert_opcode(compiled, r"^QMMA\.SF")
+
+
+def additions_of(code: list[sass.Instruction]) -> int:
+    """Plain fp32 additions of a thread; FADD2 makes two."""
+    counted = sass.count(code)
+    return counted["FADD"] + 2 * counted["FADD2"]
+
+
+def assert_one_rounding_less(case: GemmCase, compiled: Compiled, in_loop: int) -> None:
+    """Every build contracts scales with sums alike, or bits would depend on the tile.
+
+    No addition is left beside multiply-adds, but for one of each part where a program adds the
+    parts itself. NVFP4 parts come times a power of two, with which contraction changes no bit.
+    """
+    config, code = case.config, sass.instructions(compiled.sass)
+    elements = config.block_m * config.block_n // (32 * config.num_warps)
+    wanted = [elements if config.split == "serial" else 0]
+    if case.kind is Kind.HALF_NVFP4:
+        wanted.append(0)
+    assert additions_of(code) - in_loop in wanted, case.name
 
 
 def assert_operands_come_wide(case: GemmCase, loop: list[sass.Instruction]) -> None:
@@ -229,11 +278,15 @@ def fp32_cases() -> Iterator[Case]:
         for plan in (half_fp8, half_block, half_nvfp4, half_mxfp8):
             for m in (1, 128):
                 name = f"{plan.__name__}-{m}"
-                yield Case("gemm-fp32", target, name, fp32_launch(plan, m, target))
+                yield Case("gemm-fp32", target, name, fp32_launch(plan, m, 28672, target))
+        name = f"{half_nvfp4.__name__}-serial"
+        yield Case("gemm-fp32", target, name, fp32_launch(half_nvfp4, 128, 2048, target, True))
 
 
-def fp32_launch(plan: Callable[..., gemm.Planned], m: int, target: Target) -> Callable[[], Launch]:
-    return lambda: only(plan(m, 28672, target, FP32), "gemm_")
+def fp32_launch(
+    plan: Callable[..., gemm.Planned], m: int, n: int, target: Target, invariant: bool = False
+) -> Callable[[], Launch]:
+    return lambda: only(plan(m, n, target, FP32, invariant), "gemm_")
 
 
 @pytest.mark.aot_cases(list(fp32_cases()))
@@ -277,6 +330,16 @@ def test_fp16(case: Case, compiled: Compiled):
 @pytest.mark.parametrize("plan", [fp8, fp8_block, half_fp8, half_block, half_nvfp4, half_mxfp8])
 def test_compiles_for_amd(target, plan):
     compiled = compile_launch(only(plan(64, 4096, target), "gemm_"), target)
+    assert "v_mfma" in compiled.amdgcn
+    assert not compiled.spills
+
+
+@pytest.mark.parametrize("target", HIP_TARGETS, ids=lambda target: target.name)
+@pytest.mark.parametrize("plan", [fp8_block, half_nvfp4])
+def test_serial_parts_compile_for_amd(plan, target):
+    launch = only(plan(128, 4096, target, invariant=True), "gemm_")
+    compiled = compile_launch(launch, target)
+    assert launch.constants["SPLIT"] == "serial"
     assert "v_mfma" in compiled.amdgcn
     assert not compiled.spills
 

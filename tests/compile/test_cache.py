@@ -114,7 +114,7 @@ def test_other_processes_get_what_was_compiled_alike_and_nothing_else(tmp_path):
         assert (found["hit"], found["autograd_cache_hit"], found["passes"]) == (0, 0, 1), name
 
 
-@pytest.mark.parametrize("place", ["formats.py", "compile", "ops", "numerics"])
+@pytest.mark.parametrize("place", ["formats.py", "invariance.py", "compile", "ops", "numerics"])
 def test_the_uuid_covers_every_source_that_decides_what_is_compiled(place):
     files = [PACKAGE / place] if place.endswith(".py") else list((PACKAGE / place).rglob("*.py"))
     assert files

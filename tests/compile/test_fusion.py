@@ -1,5 +1,7 @@
 """The compile pass: what it rewrites, and that not a bit changes on the CPU."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 import torch._inductor.config as inductor_config
@@ -63,6 +65,42 @@ def test_one_quantization_serves_all_projections_and_no_bit_changes(format, hook
     assert [r.modules for r in shared] == [("q_proj", "k_proj", "v_proj")]
 
 
+@pytest.mark.parametrize("inside", [False, True])
+def test_batch_invariant_products_stay_operators(inside, hook):
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    stored = quantized_tensors("FP8", torch.randn(K, K).bfloat16())
+    layer = make_layer(torch.nn.Linear(K, K, bias=False, dtype=torch.bfloat16), FORMATS["FP8"])
+    for leaf, tensor in stored.items():
+        getattr(layer, leaf).data = tensor
+    finish_loading(layer)
+    x, ours = torch.randn(17, K), FusionPass()
+    mode = mokernels.batch_invariant() if inside else nullcontext()
+    with torch.no_grad(), mode, inductor_config.patch({"force_disable_caches": True, HOOK: ours}):
+        y = torch.compile(layer, fullgraph=True)(x)
+        assert torch.equal(y, layer(x))
+        if inside:
+            assert all(torch.equal(y[row : row + 1], layer(x[row : row + 1])) for row in range(17))
+    (report,) = ours.reports
+    expanded = [rewrite for rewrite in report.rewrites if rewrite.operator == "mm in fp32"]
+    assert bool(expanded) != inside
+
+
+def test_batch_invariance_entered_inside_breaks_the_graph_and_holds():
+    weight, scale = torch.randn(48, K).to(torch.float8_e4m3fn), torch.ones(())
+
+    def entering(x):
+        with mokernels.batch_invariant():
+            return torch.ops.mokernels.fp8_weight_only_gemm(x, weight, scale)
+
+    torch._dynamo.reset()
+    x = torch.randn(130, K)
+    assert torch.equal(torch.compile(entering, backend="eager")(x), entering(x))
+    torch._dynamo.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        torch.compile(entering, backend="eager", fullgraph=True)(x)
+
+
 def test_disable_takes_back_only_ours(hook):
     def foreign(graph):
         return None
@@ -76,9 +114,13 @@ def test_disable_takes_back_only_ours(hook):
     assert getattr(inductor_config, HOOK) is foreign
 
 
-def test_the_uuid_follows_the_options():
+def test_the_uuid_follows_the_options_and_the_mode():
     plain, other = FusionPass(), FusionPass(FusionOptions(fuse_norm=False))
     assert plain.uuid() == FusionPass().uuid() != other.uuid()
+    outside = plain.uuid()
+    with mokernels.batch_invariant():
+        assert plain.uuid() == FusionPass().uuid() != outside
+    assert plain.uuid() == outside
 
 
 def test_options_are_split_and_checked():

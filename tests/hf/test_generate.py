@@ -4,6 +4,7 @@ import gc
 import logging
 import threading
 import weakref
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -188,6 +189,14 @@ def test_a_moved_or_replaced_weight_is_captured_anew():
     found = stepping(model, prompt(5), capture)
     assert capture.count == 2
     assert torch.equal(found, static(model, prompt(5)))
+
+
+def test_a_step_is_captured_with_and_without_batch_invariance():
+    model, capture = tiny_model("Llama"), Recorded()
+    for mode in (nullcontext(), mokernels.batch_invariant()) * 2:
+        with mode:
+            stepping(model, prompt(5), capture)
+    assert capture.count == 2
 
 
 def test_two_sizes_are_kept_and_release_frees_them():

@@ -7,7 +7,13 @@ import torch
 import triton
 import triton.language as tl
 
-from mokernels.ops.kernels.tiles import row_pointers, split_bounds, tile_of_program
+from mokernels.ops.kernels.tiles import (
+    no_parts,
+    number_of_parts,
+    row_pointers,
+    split_bounds,
+    tile_of_program,
+)
 
 
 @triton.jit
@@ -48,7 +54,7 @@ def test_every_tile_has_one_program(device, m, n, group):
 
 @triton.jit
 def bounds_kernel(out, K, blocks, BLOCK_K: tl.constexpr):
-    start, stop = split_bounds(K, blocks, BLOCK_K)
+    start, stop = split_bounds(tl.program_id(1), K, blocks, BLOCK_K)
     tl.store(out + tl.program_id(1) * 2, start)
     tl.store(out + tl.program_id(1) * 2 + 1, stop)
 
@@ -57,3 +63,29 @@ def test_splits_share_k(device):
     out = torch.zeros(3, 2, dtype=torch.int32, device=device)
     bounds_kernel[(1, 3, 1)](out, 1100, 3, BLOCK_K=128)
     assert out.tolist() == [[0, 384], [384, 768], [768, 1100]]
+
+
+@triton.jit
+def parts_kernel(out, K, blocks, BLOCK_K: tl.constexpr):
+    tl.store(out, number_of_parts(K, blocks, BLOCK_K))
+
+
+@pytest.mark.parametrize(("k", "parts"), [(128, 1), (384, 1), (385, 2), (1100, 3)])
+def test_parts_cover_k(device, k, parts):
+    out = torch.zeros(1, dtype=torch.int32, device=device)
+    parts_kernel[(1,)](out, k, 3, BLOCK_K=128)
+    assert out.tolist() == [parts]
+
+
+@triton.jit
+def first_part_kernel(x, out):
+    index = tl.arange(0, 16)[:, None] * 16 + tl.arange(0, 16)[None, :]
+    tl.store(out + index, no_parts(16, 16, False) + tl.load(x + index))
+
+
+def test_the_first_part_keeps_its_bits(device):
+    x = torch.full((16, 16), -0.0, device=device)
+    x[0, 1:4] = torch.tensor([1e-45, float("-inf"), 0.0])
+    out = torch.full_like(x, float("nan"))
+    first_part_kernel[(1,)](x, out)
+    assert torch.equal(out.view(torch.int32), x.view(torch.int32))

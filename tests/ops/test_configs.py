@@ -12,6 +12,7 @@ from mokernels.ops.configs import (
     ANY_M,
     BLOCKS_PER_SPLIT,
     M_BUCKETS,
+    PARALLEL_ROWS,
     SPLITS,
     GemmConfig,
     Kind,
@@ -199,3 +200,42 @@ def test_shared_memory_is_counted_in_bytes_of_the_operands():
 
 def test_buckets():
     assert [bucket(m) for m in (0, 1, 16, 17, 512, 513)] == [16, 16, 16, 32, 512, ANY_M]
+
+
+EVERY_BUCKET = (1, 16, 17, 64, 65, 128, 129, 512, 513, 1024, 100_000)
+
+
+@pytest.mark.parametrize(("target", "kind"), CHOICES, ids=name)
+def test_an_invariant_order_is_that_of_one_row(target, kind):
+    orders = set()
+    for n in (1, 64, 1024, 4096, 14336, 128_256):
+        for k in (0, 31, 512, 1024, 33 * 128, 4096, 14336):
+            alone = choose(kind, 1, n, k, target).order
+            batches = {choose(kind, m, n, k, target, invariant=True).order for m in EVERY_BUCKET}
+            assert batches == {alone}, (n, k)
+            orders |= {choose(kind, m, n, k, target).order == alone for m in EVERY_BUCKET}
+    # By default some of these are added otherwise: the mode is not for nothing.
+    assert orders == {True, False}
+
+
+@given(targets_and_kinds, rows, columns, columns, inner, processors)
+def test_an_invariant_choice_changes_the_split_alone(choice, m, n, group_n, k, count):
+    target, kind = choice[0], choice[1]
+    target = replace(target, processors=count)
+    config = choose(kind, m, n, k, target, invariant=True)
+    usual = choose(kind, m, n, k, target)
+    if config.split != "serial":
+        assert config == replace(usual, split_k=config.split_k)
+    assert replace(config, split_k=1, serial=False) in all_configs(target)[kind]
+    assert (config.split == "serial") == (m > PARALLEL_ROWS and config.split_k > 1)
+    assert not config.serial or config.split == "serial"
+    group = choose(kind, m, group_n, k, target, invariant=True)
+    assert choose(kind, m, min(n, group_n), k, target, group_n, invariant=True) == group
+
+
+@given(targets_and_kinds, rows, columns, inner, processors)
+def test_by_default_nothing_is_serial(choice, m, n, k, count):
+    target, kind = choice
+    config = choose(kind, m, n, k, replace(target, processors=count))
+    assert config.split in (None, "parts")
+    assert (config.split is None) == (config.split_k == 1)

@@ -85,3 +85,14 @@ def test_only_the_bucket_of_rows_matters_and_no_columns(target, how, m, k, x_byt
 def test_limits_are_ends_of_buckets():
     limits = {STATIC_ROWS_IN_GEMM, STATIC_ROWS_ENCODED_BY_BITS, TOKEN_ROWS_IN_GEMM}
     assert limits <= set(M_BUCKETS)
+
+
+@pytest.mark.parametrize("target", [*CUDA_TARGETS, *HIP_TARGETS], ids=lambda target: target.name)
+@pytest.mark.parametrize("kind", [Kind.FP8, Kind.FP8_BLOCK])
+def test_what_quantizes_in_the_gemm_has_no_serial_parts(target, kind):
+    # gemm_quantizing has no loop over parts.
+    for m in (1, 16, 32, 64, 65, 128, 1024):
+        config = choose(kind, m, 4096, K, target, invariant=True)
+        for how in ("static", "token", "block"):
+            fits = quantizes_in_gemm(how, m, K, BF16, config, target)
+            assert not (fits and config.split == "serial"), (m, how)

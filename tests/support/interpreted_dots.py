@@ -12,6 +12,9 @@ from tests.support.interpreted_numbers import FP8, TORCH_DTYPES, name_of, values
 MODEL_OF_ASSEMBLY: dict[str, Callable[..., Sequence[np.ndarray]]] = {}
 """Emulations of inline assembly by its text (white space normalised)."""
 
+matrix_product: Callable[[np.ndarray, np.ndarray], np.ndarray] = np.matmul
+"""How dots multiply [M, K] by [K, N]; tests of bits put :func:`product_in_order` here."""
+
 _E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
 
 
@@ -30,6 +33,17 @@ def model_of(assembly: str) -> Callable[[Callable[..., Any]], Callable[..., Any]
     return register
 
 
+def product_in_order(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """[M, K] by [K, N] in fp32, added from the first k to the last, whatever M and N are.
+
+    A matrix unit adds in another order, but one that does not follow the tile. That of BLAS does.
+    """
+    total = np.zeros((a.shape[0], b.shape[1]), np.float32)
+    for column, row in zip(a.T, b, strict=True):
+        total += column[:, None] * row
+    return total
+
+
 def create_dot(stock: Callable[..., Any]) -> Callable[..., Any]:
     """The builder's method for floats in fp32; integers go to the interpreter's own."""
     from triton.runtime.interpreter import TensorHandle
@@ -38,7 +52,7 @@ def create_dot(stock: Callable[..., Any]) -> Callable[..., Any]:
         if not {name_of(a), name_of(b)} <= set(TORCH_DTYPES):
             return stock(self, a, b, acc, *options)
         # Dense, row by row: BLAS adds in another order where an operand lies otherwise in memory.
-        product = np.matmul(*(values_of(x).astype(np.float32, order="C") for x in (a, b)))
+        product = matrix_product(*(values_of(x).astype(np.float32, order="C") for x in (a, b)))
         return TensorHandle((product + acc.data).astype(acc.data.dtype), acc.dtype.scalar)
 
     return fixed
@@ -63,7 +77,7 @@ def create_dot_scaled(
     lhs = _scaled(a, a_format, -1 if a_packed_along_k else -2, a_scale)
     packed_axis = -2 if b_packed_along_k else -1
     rhs = _scaled(b, b_format, packed_axis, b_scale, transposed=True)
-    total = np.matmul(lhs, rhs) + acc.data
+    total = matrix_product(lhs, rhs) + acc.data
     return TensorHandle(total.astype(np.float32), acc.dtype.scalar)
 
 

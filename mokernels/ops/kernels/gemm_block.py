@@ -13,6 +13,8 @@ from mokernels.ops.kernels.tiles import (
     load_weights,
     multiply,
     new_accumulator,
+    no_parts,
+    number_of_parts,
     row_pointers,
     split_bounds,
     store_output,
@@ -46,6 +48,48 @@ def block_factor(rows, scale_w, SWAP: tl.constexpr):
             rows = rows * tl.load(scale_w)
         factor = by_x_rows(rows, SWAP)
     return factor
+
+
+@triton.jit
+def sum_of_part(
+    part,
+    x_rows,
+    w_rows,
+    bx_rows,
+    block_scale_w,
+    in_m,
+    K,
+    blocks_per_split,
+    COMPUTE: tl.constexpr,
+    QUANTIZE: tl.constexpr,
+    CASTS_ONCE: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    SWAP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """The accumulator of one part of K; ``block_scale_w`` points to the tile's first scale."""
+    start, stop = split_bounds(part, K, blocks_per_split, BLOCK_K)
+    acc = new_accumulator(BLOCK_M, BLOCK_N, SWAP)
+    for k in range(start, stop, BLOCK_K):
+        x_tile = load_activations(x_rows, in_m, k, BLOCK_K, K, EVEN_K)
+        w_tile = as_operand(load_weights(w_rows, k, BLOCK_K, K, EVEN_K), COMPUTE)
+        bw = block_scale_w
+        if block_scale_w is not None:
+            bw += k // 128
+        bx = None
+        if QUANTIZE:
+            multiplier = fp8_multiplier(amax_of(x_tile.to(tl.float32), 1))
+            x_tile = quantized(x_tile, multiplier[:, None], k, K, BLOCK_K, EVEN_K, CASTS_ONCE)
+            bx = tl.div_rn(1.0, multiplier)
+        else:
+            x_tile = as_operand(x_tile, COMPUTE)
+            if bx_rows is not None:
+                bx = tl.load(bx_rows + k // 128, mask=in_m, other=0.0)
+        zeros = new_accumulator(BLOCK_M, BLOCK_N, SWAP)
+        acc += multiply(x_tile, w_tile, zeros, SWAP, None) * block_factor(bx, bw, SWAP)
+    return acc
 
 
 @triton.jit(do_not_specialize=["M", "blocks_per_split"])
@@ -88,38 +132,32 @@ def gemm_block(
     over steps is in fp32, whatever the hardware does inside one.
     With QUANTIZE x is bf16, fp16 or fp32, and each program quantizes what it reads as
     quantize_blocks does, to the bit; BLOCK_K is 128 then, and ``block_scale_x`` None.
-    With SPLIT, ``out`` is the fp32 workspace of partial sums [splits, M, N].
+    With SPLIT "parts", ``out`` is the fp32 workspace of partial sums [splits, M, N].
     """
     tile_m, tile_n = tile_of_program(M, N, BLOCK_M, BLOCK_N, GROUP_M)
     rm = indices(tile_m, BLOCK_M)
     rn = indices(tile_n, BLOCK_N)
     x_rows = row_pointers(x, rm, stride_x)
     w_rows = weight_rows(w, rn, N, stride_w)
+    bx_rows = None
     if block_scale_x is not None:
         bx_rows = block_scale_x + rm.to(tl.int64) * stride_bx
     if block_scale_w is not None:
         block_scale_w += tile_n * BLOCK_N // 128 * stride_bw
-    start, stop = split_bounds(K, blocks_per_split, BLOCK_K)
-    acc = new_accumulator(BLOCK_M, BLOCK_N, SWAP)
-    for k in range(start, stop, BLOCK_K):
-        x_tile = load_activations(x_rows, rm < M, k, BLOCK_K, K, EVEN_K)
-        w_tile = as_operand(load_weights(w_rows, k, BLOCK_K, K, EVEN_K), COMPUTE)
-        bw = block_scale_w
-        if block_scale_w is not None:
-            bw += k // 128
-        bx = None
-        if QUANTIZE:
-            multiplier = fp8_multiplier(amax_of(x_tile.to(tl.float32), 1))
-            x_tile = quantized(x_tile, multiplier[:, None], k, K, BLOCK_K, EVEN_K, CASTS_ONCE)
-            bx = tl.div_rn(1.0, multiplier)
-        else:
-            x_tile = as_operand(x_tile, COMPUTE)
-            if block_scale_x is not None:
-                bx = tl.load(bx_rows + k // 128, mask=rm < M, other=0.0)
-        zeros = new_accumulator(BLOCK_M, BLOCK_N, SWAP)
-        acc += multiply(x_tile, w_tile, zeros, SWAP, None) * block_factor(bx, bw, SWAP)
+    if SPLIT == "serial":
+        acc = no_parts(BLOCK_M, BLOCK_N, SWAP)
+        for part in range(number_of_parts(K, blocks_per_split, BLOCK_K)):
+            acc += sum_of_part(
+                part, x_rows, w_rows, bx_rows, block_scale_w, rm < M, K, blocks_per_split,
+                COMPUTE, QUANTIZE, CASTS_ONCE, EVEN_K, SWAP, BLOCK_M, BLOCK_N, BLOCK_K,
+            )  # fmt: skip
+    else:
+        acc = sum_of_part(
+            tl.program_id(1), x_rows, w_rows, bx_rows, block_scale_w, rm < M, K, blocks_per_split,
+            COMPUTE, QUANTIZE, CASTS_ONCE, EVEN_K, SWAP, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
     acc = by_rows(acc, SWAP)
-    if SPLIT:
+    if SPLIT == "parts":
         store_partial(acc, rm, rn, M, N, out)
     else:
         store_output(acc, rm, rn, M, N, scale_x, stride_sx, scale_w, stride_sw, bias, out)

@@ -13,6 +13,8 @@ from mokernels.ops.kernels.tiles import (
     load_weights,
     multiply,
     new_accumulator,
+    no_parts,
+    number_of_parts,
     row_pointers,
     split_bounds,
     store_output,
@@ -87,6 +89,58 @@ def quantized_row(
     return tl.broadcast_to(values.to(COMPUTE), (ROWS, row.shape[1]))
 
 
+@triton.jit
+def sum_of_part(
+    part,
+    x,
+    x_rows,
+    w_rows,
+    s_rows,
+    global_scale_x,
+    in_m,
+    K,
+    blocks_per_split,
+    FORMAT: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    QUANTIZE: tl.constexpr,
+    CASTS_ONCE: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    SWAP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """The accumulator of one part of K; with QUANTIZE x is read as one row, else by ``x_rows``."""
+    PACKED: tl.constexpr = 2 if FORMAT == "nvfp4" else 1
+    GROUP: tl.constexpr = 16 if FORMAT == "nvfp4" else 32
+    start, stop = split_bounds(part, K, blocks_per_split, BLOCK_K)
+    acc = new_accumulator(BLOCK_M, BLOCK_N, SWAP)
+    if QUANTIZE:
+        HAS_TYPE: tl.constexpr = (
+            w_rows if FORMAT == "mxfp8" else s_rows
+        ).dtype.element_ty != tl.uint8
+        row = load_row(x, start, BLOCK_K, K)
+    for k in range(start, stop, BLOCK_K):
+        if QUANTIZE:
+            x_tile = quantized_row(
+                row, global_scale_x, FORMAT, GROUP, CASTS_ONCE, HAS_TYPE, COMPUTE, BLOCK_M
+            )
+            # Too few bytes for a thread to be copied asynchronously: loaded a step ahead instead.
+            row = load_row(x, k + BLOCK_K, BLOCK_K, K)
+        else:
+            x_tile = load_activations(x_rows, in_m, k, BLOCK_K, K, EVEN_K).to(COMPUTE)
+        codes = load_weights(w_rows, k // PACKED, BLOCK_K // PACKED, K // PACKED, EVEN_K)
+        scale = load_weights(s_rows, k // GROUP, BLOCK_K // GROUP, K // GROUP, EVEN_K)
+        if FORMAT == "nvfp4":
+            w_tile = decode_nvfp4(codes, scale, COMPUTE)
+        else:
+            w_tile = decode_mxfp8(codes, scale, COMPUTE)
+        acc = multiply(x_tile, w_tile, acc, SWAP, None)
+    if FORMAT == "nvfp4":
+        acc = acc * (256.0 if COMPUTE == tl.float16 else 512.0)
+    return acc
+
+
 @triton.jit(do_not_specialize=["M", "blocks_per_split"])
 def gemm_decode(
     x,
@@ -126,43 +180,29 @@ def gemm_decode(
     With QUANTIZE x is one row of floats, M being 1, and each program quantizes what it reads of it
     as quantize_blocks does, to the bit, COMPUTE being bf16. NVFP4 does so by ``global_scale_x``,
     which is None otherwise and is scale_x too.
-    With SPLIT, ``out`` is the fp32 workspace of partial sums [splits, M, N].
+    With SPLIT "parts", ``out`` is the fp32 workspace of partial sums [splits, M, N].
     """
-    PACKED: tl.constexpr = 2 if FORMAT == "nvfp4" else 1
-    GROUP: tl.constexpr = 16 if FORMAT == "nvfp4" else 32
     tile_m, tile_n = tile_of_program(M, N, BLOCK_M, BLOCK_N, GROUP_M)
     rm = indices(tile_m, BLOCK_M)
     rn = indices(tile_n, BLOCK_N)
     x_rows = row_pointers(x, rm, stride_x)
     w_rows = weight_rows(w, rn, N, stride_w)
     s_rows = weight_rows(block_scale, rn, N, stride_block_scale)
-    start, stop = split_bounds(K, blocks_per_split, BLOCK_K)
-    acc = new_accumulator(BLOCK_M, BLOCK_N, SWAP)
-    if QUANTIZE:
-        HAS_TYPE: tl.constexpr = (
-            w if FORMAT == "mxfp8" else block_scale
-        ).dtype.element_ty != tl.uint8
-        row = load_row(x, start, BLOCK_K, K)
-    for k in range(start, stop, BLOCK_K):
-        if QUANTIZE:
-            x_tile = quantized_row(
-                row, global_scale_x, FORMAT, GROUP, CASTS_ONCE, HAS_TYPE, COMPUTE, BLOCK_M
-            )
-            # Too few bytes for a thread to be copied asynchronously: loaded a step ahead instead.
-            row = load_row(x, k + BLOCK_K, BLOCK_K, K)
-        else:
-            x_tile = load_activations(x_rows, rm < M, k, BLOCK_K, K, EVEN_K).to(COMPUTE)
-        codes = load_weights(w_rows, k // PACKED, BLOCK_K // PACKED, K // PACKED, EVEN_K)
-        scale = load_weights(s_rows, k // GROUP, BLOCK_K // GROUP, K // GROUP, EVEN_K)
-        if FORMAT == "nvfp4":
-            w_tile = decode_nvfp4(codes, scale, COMPUTE)
-        else:
-            w_tile = decode_mxfp8(codes, scale, COMPUTE)
-        acc = multiply(x_tile, w_tile, acc, SWAP, None)
+    if SPLIT == "serial":
+        acc = no_parts(BLOCK_M, BLOCK_N, SWAP)
+        for part in range(number_of_parts(K, blocks_per_split, BLOCK_K)):
+            acc += sum_of_part(
+                part, x, x_rows, w_rows, s_rows, global_scale_x, rm < M, K, blocks_per_split,
+                FORMAT, COMPUTE, QUANTIZE, CASTS_ONCE, EVEN_K, SWAP, BLOCK_M, BLOCK_N, BLOCK_K,
+            )  # fmt: skip
+    else:
+        acc = sum_of_part(
+            tl.program_id(1), x, x_rows, w_rows, s_rows, global_scale_x, rm < M, K,
+            blocks_per_split, FORMAT, COMPUTE, QUANTIZE, CASTS_ONCE, EVEN_K, SWAP,
+            BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
     acc = by_rows(acc, SWAP)
-    if FORMAT == "nvfp4":
-        acc = acc * (256.0 if COMPUTE == tl.float16 else 512.0)
-    if SPLIT:
+    if SPLIT == "parts":
         store_partial(acc, rm, rn, M, N, out)
     else:
         store_output(acc, rm, rn, M, N, scale_x, stride_sx, scale_w, stride_sw, bias, out)

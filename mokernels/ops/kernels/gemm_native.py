@@ -9,6 +9,8 @@ from mokernels.ops.kernels.tiles import (
     load_activations,
     load_weights,
     new_accumulator,
+    no_parts,
+    number_of_parts,
     row_pointers,
     split_bounds,
     store_output,
@@ -25,6 +27,38 @@ def multiply_scaled(x, scale_x, w, scale_w, acc, ELEMENT: tl.constexpr, SWAP: tl
         acc = tl.dot_scaled(w, scale_w, ELEMENT, tl.trans(x), scale_x, ELEMENT, acc)
     else:
         acc = tl.dot_scaled(x, scale_x, ELEMENT, tl.trans(w), scale_w, ELEMENT, acc)
+    return acc
+
+
+@triton.jit
+def sum_of_part(
+    part,
+    x_rows,
+    bx_rows,
+    w_rows,
+    bw_rows,
+    in_m,
+    K,
+    blocks_per_split,
+    ELEMENT: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    SWAP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """The accumulator of one part of K."""
+    PACKED: tl.constexpr = 2 if ELEMENT == "e2m1" else 1
+    GROUP: tl.constexpr = 16 if ELEMENT == "e2m1" else 32
+    start, stop = split_bounds(part, K, blocks_per_split, BLOCK_K)
+    acc = new_accumulator(BLOCK_M, BLOCK_N, SWAP)
+    for k in range(start, stop, BLOCK_K):
+        item, group = k // PACKED, k // GROUP
+        x_tile = load_activations(x_rows, in_m, item, BLOCK_K // PACKED, K // PACKED, EVEN_K)
+        bx = load_activations(bx_rows, in_m, group, BLOCK_K // GROUP, K // GROUP, EVEN_K)
+        w_tile = load_weights(w_rows, item, BLOCK_K // PACKED, K // PACKED, EVEN_K)
+        bw = load_weights(bw_rows, group, BLOCK_K // GROUP, K // GROUP, EVEN_K)
+        acc = multiply_scaled(x_tile, bx, w_tile, bw, acc, ELEMENT, SWAP)
     return acc
 
 
@@ -61,10 +95,8 @@ def gemm_native(
 
     ELEMENT is "e2m1" (NVFP4: bytes [., K / 2] with E4M3 scales [., K / 16]) or "e4m3" (MXFP8: codes
     [., K] with exponents [., K / 32]). scale_x and scale_w are global fp32 scalars or None.
-    With SPLIT, ``out`` is the fp32 workspace of partial sums [splits, M, N].
+    With SPLIT "parts", ``out`` is the fp32 workspace of partial sums [splits, M, N].
     """
-    PACKED: tl.constexpr = 2 if ELEMENT == "e2m1" else 1
-    GROUP: tl.constexpr = 16 if ELEMENT == "e2m1" else 32
     tile_m, tile_n = tile_of_program(M, N, BLOCK_M, BLOCK_N, GROUP_M)
     rm = indices(tile_m, BLOCK_M)
     rn = indices(tile_n, BLOCK_N)
@@ -72,17 +104,20 @@ def gemm_native(
     bx_rows = row_pointers(block_scale_x, rm, stride_bx)
     w_rows = weight_rows(w, rn, N, stride_w)
     bw_rows = weight_rows(block_scale_w, rn, N, stride_bw)
-    start, stop = split_bounds(K, blocks_per_split, BLOCK_K)
-    acc = new_accumulator(BLOCK_M, BLOCK_N, SWAP)
-    for k in range(start, stop, BLOCK_K):
-        item, group = k // PACKED, k // GROUP
-        x_tile = load_activations(x_rows, rm < M, item, BLOCK_K // PACKED, K // PACKED, EVEN_K)
-        bx = load_activations(bx_rows, rm < M, group, BLOCK_K // GROUP, K // GROUP, EVEN_K)
-        w_tile = load_weights(w_rows, item, BLOCK_K // PACKED, K // PACKED, EVEN_K)
-        bw = load_weights(bw_rows, group, BLOCK_K // GROUP, K // GROUP, EVEN_K)
-        acc = multiply_scaled(x_tile, bx, w_tile, bw, acc, ELEMENT, SWAP)
+    if SPLIT == "serial":
+        acc = no_parts(BLOCK_M, BLOCK_N, SWAP)
+        for part in range(number_of_parts(K, blocks_per_split, BLOCK_K)):
+            acc += sum_of_part(
+                part, x_rows, bx_rows, w_rows, bw_rows, rm < M, K, blocks_per_split,
+                ELEMENT, EVEN_K, SWAP, BLOCK_M, BLOCK_N, BLOCK_K,
+            )  # fmt: skip
+    else:
+        acc = sum_of_part(
+            tl.program_id(1), x_rows, bx_rows, w_rows, bw_rows, rm < M, K, blocks_per_split,
+            ELEMENT, EVEN_K, SWAP, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
     acc = by_rows(acc, SWAP)
-    if SPLIT:
+    if SPLIT == "parts":
         store_partial(acc, rm, rn, M, N, out)
     else:
         store_output(acc, rm, rn, M, N, scale_x, stride_sx, scale_w, stride_sw, bias, out)

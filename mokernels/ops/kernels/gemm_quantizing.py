@@ -81,9 +81,10 @@ def gemm_quantizing(
 
     x is bf16, fp16 or fp32 and w E4M3. QUANTIZE says what ``factor`` is: with "static" the
     multiplier m of all of x, fp32 [1]. With "token" each row has its own, which every program
-    derives from the row's maximum and whose inverse scales its sums; with SPLIT one program of a
-    row tile stores these inverses to ``factor``, fp32 [M], for the reduction.
-    With SPLIT, ``out`` is the fp32 workspace of partial sums [splits, M, N].
+    derives from the row's maximum and whose inverse scales its sums; with SPLIT "parts" one program
+    of a row tile stores these inverses to ``factor``, fp32 [M], for the reduction, and ``out`` is
+    the fp32 workspace of partial sums [splits, M, N].
+    It has no serial split: that is for more rows than it is launched with.
     """
     tile_m, tile_n = tile_of_program(M, N, BLOCK_M, BLOCK_N, GROUP_M)
     rm = indices(tile_m, BLOCK_M)
@@ -96,7 +97,7 @@ def gemm_quantizing(
         multiplier = row_multiplier[:, None]
     else:
         multiplier = tl.load(factor)
-    start, stop = split_bounds(K, blocks_per_split, BLOCK_K)
+    start, stop = split_bounds(tl.program_id(1), K, blocks_per_split, BLOCK_K)
     acc = new_accumulator(BLOCK_M, BLOCK_N, SWAP)
     for k in range(start, stop, BLOCK_K):
         x_tile = load_activations(x_rows, rm < M, k, BLOCK_K, K, EVEN_K)
@@ -104,7 +105,7 @@ def gemm_quantizing(
         codes = quantized(x_tile, multiplier, k, K, BLOCK_K, EVEN_K, CASTS_ONCE)
         acc = multiply(codes, w_tile, acc, SWAP, PROMOTE)
     acc = by_rows(acc, SWAP)
-    if SPLIT:
+    if SPLIT == "parts":
         store_partial(acc, rm, rn, M, N, out)
         if QUANTIZE == "token":
             if tile_n + tl.program_id(1) == 0:

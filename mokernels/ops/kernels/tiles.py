@@ -1,9 +1,13 @@
 """What the GEMM kernels share: which tile a program computes, how it loads, multiplies and ends.
 
 Activations are x [M, K] and weights w [N, K], both with K contiguous and any row stride. A program
-computes one [BLOCK_M, BLOCK_N] tile over one part of K. With SWAP the weight is the M side of the
-matrix instruction: the accumulator is [BLOCK_N, BLOCK_M], which changes no product and no order of
-addition, only which rows the hardware pads.
+computes one [BLOCK_M, BLOCK_N] tile. With SWAP the weight is the M side of the matrix instruction:
+the accumulator is [BLOCK_N, BLOCK_M], which changes no product and no order of addition, only which
+rows the hardware pads.
+
+SPLIT says how a program goes through K. None: at once. "parts": over one part of it, whose sum goes
+to a workspace that reduce_splits adds up. "serial": over the same parts one after the other, each
+from a fresh accumulator, and it adds them in the same order, so that the bits are the same.
 """
 
 import triton
@@ -72,14 +76,20 @@ def load_weights(rows, offset, COLUMNS: tl.constexpr, limit, EVEN_K: tl.constexp
 
 
 @triton.jit
-def split_bounds(K, blocks_per_split, BLOCK_K: tl.constexpr):
-    """[start, stop) of the K range of this program, ``tl.program_id(1)`` counting the ranges.
+def split_bounds(part, K, blocks_per_split, BLOCK_K: tl.constexpr):
+    """[start, stop) of the K range of a part.
 
     ``blocks_per_split`` counts K blocks instead of elements, so that the compiler sees that every
     start is a multiple of BLOCK_K and keeps its loads wide.
     """
-    start = tl.program_id(1) * blocks_per_split * BLOCK_K
+    start = part * blocks_per_split * BLOCK_K
     return start, tl.minimum(start + blocks_per_split * BLOCK_K, K)
+
+
+@triton.jit
+def number_of_parts(K, blocks_per_split, BLOCK_K: tl.constexpr):
+    """How many parts cover K."""
+    return tl.cdiv(K, blocks_per_split * BLOCK_K)
 
 
 @triton.jit
@@ -103,6 +113,12 @@ def new_accumulator(BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SWAP: tl.const
     else:
         zeros = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     return zeros
+
+
+@triton.jit
+def no_parts(BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SWAP: tl.constexpr):
+    """A sum of no parts: fp32 -0, to which the first part adds as itself, -0 included."""
+    return new_accumulator(BLOCK_M, BLOCK_N, SWAP) * -1.0
 
 
 @triton.jit

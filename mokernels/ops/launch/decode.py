@@ -70,13 +70,14 @@ def plan_nvfp4_decode(
     plan_n: int = 0,
     *,
     target: Target,
+    invariant: bool = False,
 ) -> Planned:
     """[..., N] of ``dtype`` from float x [..., K], times global_scale_a if given, and NVFP4 b."""
     kind = Kind.FP32 if x.dtype == torch.float32 else Kind.HALF_NVFP4
     out = x.new_empty((*x.shape[:-1], b.shape[0]), dtype=dtype)
     ending = Ending(out, bias, global_scale_a, global_scale_b)
     weight = DecodedWeight.nvfp4(b, scale_b, target)
-    return out, _plan(x, weight, ending, kind, TRITON_DTYPES[x.dtype], plan_n, target)
+    return out, _plan(x, weight, ending, kind, TRITON_DTYPES[x.dtype], plan_n, target, invariant)
 
 
 def plan_mxfp8_decode(
@@ -88,6 +89,7 @@ def plan_mxfp8_decode(
     plan_n: int = 0,
     *,
     target: Target,
+    invariant: bool = False,
 ) -> Planned:
     """[..., N] of ``dtype`` from float x [..., K] and MXFP8 b.
 
@@ -98,7 +100,7 @@ def plan_mxfp8_decode(
         kind, compute = Kind.HALF_MXFP8, tl.bfloat16
     out = x.new_empty((*x.shape[:-1], b.shape[0]), dtype=dtype)
     weight = DecodedWeight.mxfp8(b, scale_b, target)
-    return out, _plan(x, weight, Ending(out, bias), kind, compute, plan_n, target)
+    return out, _plan(x, weight, Ending(out, bias), kind, compute, plan_n, target, invariant)
 
 
 def plan_nvfp4_row(
@@ -112,6 +114,7 @@ def plan_nvfp4_row(
     plan_n: int = 0,
     *,
     target: Target,
+    invariant: bool = False,
 ) -> Planned | None:
     """As quantizing x to NVFP4, decoding it to bf16 and :func:`plan_nvfp4_decode`, in one launch.
 
@@ -123,7 +126,9 @@ def plan_nvfp4_row(
     out = x.new_empty((*x.shape[:-1], b.shape[0]), dtype=dtype)
     weight = DecodedWeight.nvfp4(b, scale_b, target)
     ending = Ending(out, bias, input_scale, global_scale_b)
-    return out, _plan_row(x, weight, input_scale, ending, Kind.HALF_NVFP4, plan_n, target)
+    return out, _plan_row(
+        x, weight, input_scale, ending, Kind.HALF_NVFP4, plan_n, target, invariant
+    )
 
 
 def plan_mxfp8_row(
@@ -135,6 +140,7 @@ def plan_mxfp8_row(
     plan_n: int = 0,
     *,
     target: Target,
+    invariant: bool = False,
 ) -> Planned | None:
     """As quantizing x to MXFP8, decoding it to bf16 and :func:`plan_mxfp8_decode`, in one launch.
 
@@ -144,7 +150,9 @@ def plan_mxfp8_row(
         return None
     out = x.new_empty((*x.shape[:-1], b.shape[0]), dtype=dtype)
     weight = DecodedWeight.mxfp8(b, scale_b, target)
-    return out, _plan_row(x, weight, None, Ending(out, bias), Kind.HALF_MXFP8, plan_n, target)
+    return out, _plan_row(
+        x, weight, None, Ending(out, bias), Kind.HALF_MXFP8, plan_n, target, invariant
+    )
 
 
 def _plan_row(
@@ -155,9 +163,12 @@ def _plan_row(
     kind: Kind,
     plan_n: int,
     target: Target,
+    invariant: bool,
 ) -> tuple[Launch, ...]:
     """A row that is quantized on the way; multiplied in bf16, in which its values are exact."""
-    return _plan(x, weight, ending, kind, tl.bfloat16, plan_n, target, True, global_scale_x)
+    return _plan(
+        x, weight, ending, kind, tl.bfloat16, plan_n, target, invariant, True, global_scale_x
+    )
 
 
 def _plan(
@@ -168,6 +179,7 @@ def _plan(
     compute: Any,
     plan_n: int,
     target: Target,
+    invariant: bool,
     quantize: bool = False,
     global_scale_x: Tensor | None = None,
 ) -> tuple[Launch, ...]:
@@ -180,7 +192,7 @@ def _plan(
         gemm_decode,
         operands,
         ending,
-        choose(kind, m, n, k, target, plan_n),
+        choose(kind, m, n, k, target, plan_n, invariant),
         FORMAT=weight.format,
         COMPUTE=compute,
         QUANTIZE=quantize,

@@ -16,6 +16,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from mokernels.invariance import is_batch_invariant
 from mokernels.ops.checks import dtype_or, out_dtype_of
 from mokernels.ops.configs import Kind, choose, kind_of_fp8
 from mokernels.ops.kernels.gemm_block import gemm_block
@@ -53,7 +54,18 @@ def fp8_gemm(
     """FP8 by FP8; see ``mokernels::fp8_gemm``."""
     dtype, target = out_dtype_of("fp8_gemm", out_dtype), target or target_of(a.device)
     return run(
-        plan_fp8_gemm(a, b, scale_a, scale_b, bias, dtype, fast_accum, plan_n, target=target)
+        plan_fp8_gemm(
+            a,
+            b,
+            scale_a,
+            scale_b,
+            bias,
+            dtype,
+            fast_accum,
+            plan_n,
+            target=target,
+            invariant=is_batch_invariant(),
+        )
     )
 
 
@@ -74,7 +86,18 @@ def nvfp4_gemm(
     dtype, target = out_dtype_of("nvfp4_gemm", out_dtype), target or target_of(a.device)
     globals_ = (global_scale_a, global_scale_b)
     return run(
-        plan_nvfp4_gemm(a, b, scale_a, scale_b, *globals_, bias, dtype, plan_n, target=target)
+        plan_nvfp4_gemm(
+            a,
+            b,
+            scale_a,
+            scale_b,
+            *globals_,
+            bias,
+            dtype,
+            plan_n,
+            target=target,
+            invariant=is_batch_invariant(),
+        )
     )
 
 
@@ -91,7 +114,19 @@ def mxfp8_gemm(
 ) -> Tensor:
     """MXFP8 by MXFP8; see ``mokernels::mxfp8_gemm``."""
     dtype, target = out_dtype_of("mxfp8_gemm", out_dtype), target or target_of(a.device)
-    return run(plan_mxfp8_gemm(a, b, scale_a, scale_b, bias, dtype, plan_n, target=target))
+    return run(
+        plan_mxfp8_gemm(
+            a,
+            b,
+            scale_a,
+            scale_b,
+            bias,
+            dtype,
+            plan_n,
+            target=target,
+            invariant=is_batch_invariant(),
+        )
+    )
 
 
 def fp8_weight_only_gemm(
@@ -105,7 +140,11 @@ def fp8_weight_only_gemm(
 ) -> Tensor:
     """Float by FP8; see ``mokernels::fp8_weight_only_gemm``."""
     target = target or target_of(x.device)
-    return run(plan_fp8_weight_only(x, b, scale_b, bias, plan_n, target=target))
+    return run(
+        plan_fp8_weight_only(
+            x, b, scale_b, bias, plan_n, target=target, invariant=is_batch_invariant()
+        )
+    )
 
 
 def nvfp4_weight_only_gemm(
@@ -124,7 +163,9 @@ def nvfp4_weight_only_gemm(
     target = target or target_of(x.device)
     tail = (bias, dtype_or("nvfp4_weight_only_gemm", out_dtype, x.dtype), plan_n)
     scales = (scale_b, global_scale_a, global_scale_b)
-    return run(plan_nvfp4_decode(x, b, *scales, *tail, target=target))
+    return run(
+        plan_nvfp4_decode(x, b, *scales, *tail, target=target, invariant=is_batch_invariant())
+    )
 
 
 def mxfp8_weight_only_gemm(
@@ -140,7 +181,11 @@ def mxfp8_weight_only_gemm(
     """Float by MXFP8; see ``mokernels::mxfp8_weight_only_gemm``."""
     dtype = dtype_or("mxfp8_weight_only_gemm", out_dtype, x.dtype)
     target = target or target_of(x.device)
-    return run(plan_mxfp8_decode(x, b, scale_b, bias, dtype, plan_n, target=target))
+    return run(
+        plan_mxfp8_decode(
+            x, b, scale_b, bias, dtype, plan_n, target=target, invariant=is_batch_invariant()
+        )
+    )
 
 
 def plan_fp8_gemm(
@@ -154,6 +199,7 @@ def plan_fp8_gemm(
     plan_n: int = 0,
     *,
     target: Target,
+    invariant: bool = False,
 ) -> Planned:
     """[..., N] of ``dtype`` from E4M3 [..., K] and [N, K], with scales of any granularity."""
     # Scales of 1x128 blocks have as many dimensions as the codes; fewer mean one for each row.
@@ -164,12 +210,21 @@ def plan_fp8_gemm(
     x = codes_of(rows_of(a), target)
     block_scale = rows_of(scale_a) if a_blocks else None
     ending = Ending(out, bias, None if a_blocks else scale_a)
-    launches = _plan_fp8(x, b, block_scale, scale_b, ending, kind, compute, plan_n, target)
+    launches = _plan_fp8(
+        x, b, block_scale, scale_b, ending, kind, compute, plan_n, target, invariant
+    )
     return out, launches
 
 
 def plan_fp8_weight_only(
-    x: Tensor, b: Tensor, scale_b: Tensor, bias: Tensor | None, plan_n: int = 0, *, target: Target
+    x: Tensor,
+    b: Tensor,
+    scale_b: Tensor,
+    bias: Tensor | None,
+    plan_n: int = 0,
+    *,
+    target: Target,
+    invariant: bool = False,
 ) -> Planned:
     """[..., N] of x's dtype from float [..., K] and E4M3 [N, K]."""
     kind = Kind.HALF_BLOCK if scale_b.dim() == 2 else Kind.HALF_FP8
@@ -178,7 +233,7 @@ def plan_fp8_weight_only(
     out = x.new_empty((*x.shape[:-1], b.shape[0]))
     compute, rows = TRITON_DTYPES[x.dtype], rows_of(x)
     ending = Ending(out, bias)
-    return out, _plan_fp8(rows, b, None, scale_b, ending, kind, compute, plan_n, target)
+    return out, _plan_fp8(rows, b, None, scale_b, ending, kind, compute, plan_n, target, invariant)
 
 
 def plan_nvfp4_gemm(
@@ -193,6 +248,7 @@ def plan_nvfp4_gemm(
     plan_n: int = 0,
     *,
     target: Target,
+    invariant: bool = False,
 ) -> Planned:
     """[..., N] of ``dtype`` from NVFP4 [..., K / 2] and [N, K / 2].
 
@@ -203,12 +259,21 @@ def plan_nvfp4_gemm(
         one = global_scale_a.new_ones(())
         x, decode = plan_dequantize_nvfp4(a, scale_a, one, "bfloat16", target=target)
         out, launches = plan_nvfp4_decode(
-            x, b, scale_b, global_scale_a, global_scale_b, bias, dtype, plan_n, target=target
+            x,
+            b,
+            scale_b,
+            global_scale_a,
+            global_scale_b,
+            bias,
+            dtype,
+            plan_n,
+            target=target,
+            invariant=invariant,
         )
         return out, (*decode, *launches)
     out = a.new_empty((*a.shape[:-1], b.shape[0]), dtype=dtype)
     ending = Ending(out, bias, global_scale_a, global_scale_b)
-    return out, _plan_native(Kind.NVFP4, a, b, scale_a, scale_b, ending, plan_n, target)
+    return out, _plan_native(Kind.NVFP4, a, b, scale_a, scale_b, ending, plan_n, target, invariant)
 
 
 def plan_mxfp8_gemm(
@@ -221,6 +286,7 @@ def plan_mxfp8_gemm(
     plan_n: int = 0,
     *,
     target: Target,
+    invariant: bool = False,
 ) -> Planned:
     """[..., N] of ``dtype`` from MXFP8 [..., K] and [N, K].
 
@@ -229,11 +295,13 @@ def plan_mxfp8_gemm(
     """
     if not target.has_block_scaled_dot:
         x, decode = plan_dequantize_mxfp8(a, scale_a, "bfloat16", target=target)
-        out, launches = plan_mxfp8_decode(x, b, scale_b, bias, dtype, plan_n, target=target)
+        out, launches = plan_mxfp8_decode(
+            x, b, scale_b, bias, dtype, plan_n, target=target, invariant=invariant
+        )
         return out, (*decode, *launches)
     out = a.new_empty((*a.shape[:-1], b.shape[0]), dtype=dtype)
     ending = Ending(out, bias)
-    return out, _plan_native(Kind.MXFP8, a, b, scale_a, scale_b, ending, plan_n, target)
+    return out, _plan_native(Kind.MXFP8, a, b, scale_a, scale_b, ending, plan_n, target, invariant)
 
 
 def _plan_fp8(
@@ -246,11 +314,12 @@ def _plan_fp8(
     compute: Any,
     plan_n: int,
     target: Target,
+    invariant: bool,
 ) -> tuple[Launch, ...]:
     """Codes or floats x [M, K] by an FP8 weight, its scale of any granularity."""
     w = codes_of(dense_columns(b), target)
     (m, k), n = x.shape, w.shape[0]
-    config = choose(kind, m, n, k, target, plan_n)
+    config = choose(kind, m, n, k, target, plan_n, invariant)
     block_scale_w = dense_columns(scale_b) if scale_b.dim() == 2 else None
     ending = replace(ending, scale_w=scale_b if block_scale_w is None else None)
     if block_scale_x is None and block_scale_w is None:
@@ -276,6 +345,7 @@ def _plan_native(
     ending: Ending,
     plan_n: int,
     target: Target,
+    invariant: bool,
 ) -> tuple[Launch, ...]:
     """NVFP4 by NVFP4, or MXFP8 by MXFP8, on units that apply the block scales."""
     x, w = rows_of(a), dense_columns(b)
@@ -284,7 +354,7 @@ def _plan_native(
     sizes = (x.shape[0], w.shape[0], k)
     pointers = (x, w, scale_x, scale_w)
     strides = tuple(pointer.stride(0) for pointer in pointers)
-    config = choose(kind, *sizes, target, plan_n)
+    config = choose(kind, *sizes, target, plan_n, invariant)
     element = "e2m1" if kind is Kind.NVFP4 else "e4m3"
     operands = Operands(pointers, strides, sizes)
     return plan_product(gemm_native, operands, ending, config, ELEMENT=element)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 import mokernels.numerics as numerics
+from mokernels.invariance import is_batch_invariant
 from mokernels.ops.launch.decode import (
     plan_mxfp8_decode,
     plan_mxfp8_row,
@@ -52,7 +53,9 @@ def fp8_linear(
     """See ``mokernels::fp8_linear``."""
     target = target or target_of(x.device)
     scales = (weight_scale, input_scale, bias, input_multiplier)
-    return run(plan_fp8_linear(x, weight, *scales, plan_n, target=target))
+    return run(
+        plan_fp8_linear(x, weight, *scales, plan_n, target=target, invariant=is_batch_invariant())
+    )
 
 
 def fp8_per_token_linear(
@@ -66,7 +69,11 @@ def fp8_per_token_linear(
 ) -> Tensor:
     """See ``mokernels::fp8_per_token_linear``."""
     target = target or target_of(x.device)
-    return run(plan_fp8_per_token_linear(x, weight, weight_scale, bias, plan_n, target=target))
+    return run(
+        plan_fp8_per_token_linear(
+            x, weight, weight_scale, bias, plan_n, target=target, invariant=is_batch_invariant()
+        )
+    )
 
 
 def fp8_block_linear(
@@ -80,7 +87,11 @@ def fp8_block_linear(
 ) -> Tensor:
     """See ``mokernels::fp8_block_linear``."""
     target = target or target_of(x.device)
-    return run(plan_fp8_block_linear(x, weight, weight_scale, bias, plan_n, target=target))
+    return run(
+        plan_fp8_block_linear(
+            x, weight, weight_scale, bias, plan_n, target=target, invariant=is_batch_invariant()
+        )
+    )
 
 
 def nvfp4_linear(
@@ -97,7 +108,11 @@ def nvfp4_linear(
     """See ``mokernels::nvfp4_linear``."""
     target = target or target_of(x.device)
     scales = (weight_scale, weight_scale_2, input_scale)
-    return run(plan_nvfp4_linear(x, weight, *scales, bias, plan_n, target=target))
+    return run(
+        plan_nvfp4_linear(
+            x, weight, *scales, bias, plan_n, target=target, invariant=is_batch_invariant()
+        )
+    )
 
 
 def mxfp8_linear(
@@ -111,7 +126,11 @@ def mxfp8_linear(
 ) -> Tensor:
     """See ``mokernels::mxfp8_linear``."""
     target = target or target_of(x.device)
-    return run(plan_mxfp8_linear(x, weight, weight_scale, bias, plan_n, target=target))
+    return run(
+        plan_mxfp8_linear(
+            x, weight, weight_scale, bias, plan_n, target=target, invariant=is_batch_invariant()
+        )
+    )
 
 
 def plan_fp8_linear(
@@ -124,18 +143,21 @@ def plan_fp8_linear(
     plan_n: int = 0,
     *,
     target: Target,
+    invariant: bool = False,
 ) -> Planned:
     """One calibrated scale: ``input_scale`` as stored, or 1 / m together with the multiplier m."""
     if input_multiplier is None:
         input_multiplier, input_scale = numerics.static_fp8_scales(input_scale)
     static = Static(input_scale, input_multiplier)
-    planned = plan_quantizing_gemm(x, weight, static, weight_scale, bias, plan_n, target=target)
+    planned = plan_quantizing_gemm(
+        x, weight, static, weight_scale, bias, plan_n, target=target, invariant=invariant
+    )
     if planned is not None:
         return planned
     codes, quantize = plan_quantize_fp8(x, input_scale, input_multiplier, target=target)
     scales = (input_scale, weight_scale)
     out, multiply = plan_fp8_gemm(
-        codes, weight, *scales, bias, x.dtype, plan_n=plan_n, target=target
+        codes, weight, *scales, bias, x.dtype, plan_n=plan_n, target=target, invariant=invariant
     )
     return out, (*quantize, *multiply)
 
@@ -148,14 +170,25 @@ def plan_fp8_per_token_linear(
     plan_n: int = 0,
     *,
     target: Target,
+    invariant: bool = False,
 ) -> Planned:
     """One scale for each token."""
-    planned = plan_quantizing_gemm(x, weight, None, weight_scale, bias, plan_n, target=target)
+    planned = plan_quantizing_gemm(
+        x, weight, None, weight_scale, bias, plan_n, target=target, invariant=invariant
+    )
     if planned is not None:
         return planned
     (codes, scale), quantize = plan_quantize_fp8_per_token(x, target=target)
     out, multiply = plan_fp8_gemm(
-        codes, weight, scale, weight_scale, bias, x.dtype, plan_n=plan_n, target=target
+        codes,
+        weight,
+        scale,
+        weight_scale,
+        bias,
+        x.dtype,
+        plan_n=plan_n,
+        target=target,
+        invariant=invariant,
     )
     return out, (*quantize, *multiply)
 
@@ -168,14 +201,25 @@ def plan_fp8_block_linear(
     plan_n: int = 0,
     *,
     target: Target,
+    invariant: bool = False,
 ) -> Planned:
     """One scale for each 1x128 block."""
-    planned = plan_block_quantizing_gemm(x, weight, weight_scale, bias, plan_n, target=target)
+    planned = plan_block_quantizing_gemm(
+        x, weight, weight_scale, bias, plan_n, target=target, invariant=invariant
+    )
     if planned is not None:
         return planned
     (codes, scale), quantize = plan_quantize_fp8_per_block(x, target=target)
     out, multiply = plan_fp8_gemm(
-        codes, weight, scale, weight_scale, bias, x.dtype, plan_n=plan_n, target=target
+        codes,
+        weight,
+        scale,
+        weight_scale,
+        bias,
+        x.dtype,
+        plan_n=plan_n,
+        target=target,
+        invariant=invariant,
     )
     return out, (*quantize, *multiply)
 
@@ -190,18 +234,23 @@ def plan_nvfp4_linear(
     plan_n: int = 0,
     *,
     target: Target,
+    invariant: bool = False,
 ) -> Planned:
     """NVFP4 activations and weight; both global scales multiply the finished sum."""
     tail = (input_scale, weight_scale_2, bias, x.dtype, plan_n)
-    planned = plan_nvfp4_row(x, weight, weight_scale, *tail, target=target)
+    planned = plan_nvfp4_row(x, weight, weight_scale, *tail, target=target, invariant=invariant)
     if planned is not None:
         return planned
     if target.has_block_scaled_dot:
         (codes, scale), quantize = plan_quantize_nvfp4(x, input_scale, target=target)
-        out, multiply = plan_nvfp4_gemm(codes, weight, scale, weight_scale, *tail, target=target)
+        out, multiply = plan_nvfp4_gemm(
+            codes, weight, scale, weight_scale, *tail, target=target, invariant=invariant
+        )
     else:
         values, quantize = plan_fake_quantize_nvfp4(x, input_scale, torch.bfloat16, target=target)
-        out, multiply = plan_nvfp4_decode(values, weight, weight_scale, *tail, target=target)
+        out, multiply = plan_nvfp4_decode(
+            values, weight, weight_scale, *tail, target=target, invariant=invariant
+        )
     return out, (*quantize, *multiply)
 
 
@@ -213,16 +262,21 @@ def plan_mxfp8_linear(
     plan_n: int = 0,
     *,
     target: Target,
+    invariant: bool = False,
 ) -> Planned:
     """MXFP8 activations and weight."""
     tail = (bias, x.dtype, plan_n)
-    planned = plan_mxfp8_row(x, weight, weight_scale, *tail, target=target)
+    planned = plan_mxfp8_row(x, weight, weight_scale, *tail, target=target, invariant=invariant)
     if planned is not None:
         return planned
     if target.has_block_scaled_dot:
         (codes, scale), quantize = plan_quantize_mxfp8(x, target=target)
-        out, multiply = plan_mxfp8_gemm(codes, weight, scale, weight_scale, *tail, target=target)
+        out, multiply = plan_mxfp8_gemm(
+            codes, weight, scale, weight_scale, *tail, target=target, invariant=invariant
+        )
     else:
         values, quantize = plan_fake_quantize_mxfp8(x, torch.bfloat16, target=target)
-        out, multiply = plan_mxfp8_decode(values, weight, weight_scale, *tail, target=target)
+        out, multiply = plan_mxfp8_decode(
+            values, weight, weight_scale, *tail, target=target, invariant=invariant
+        )
     return out, (*quantize, *multiply)

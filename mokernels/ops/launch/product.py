@@ -68,7 +68,7 @@ class Ending:
 def plan_product(
     kernel: Any, operands: Operands, ending: Ending, config: GemmConfig, **constants: Any
 ) -> tuple[Launch, ...]:
-    """The launches of one product: one, or with split-K two.
+    """The launches of one product: one, or where programs share K two.
 
     Args:
         kernel: one of the GEMM kernels.
@@ -79,20 +79,20 @@ def plan_product(
     """
     m, n, k = operands.sizes
     last, last_strides = ending.pointers, ending.strides
-    split = config.split_k > 1
-    if split:
-        partials = ending.out.new_empty((config.split_k, m, n), dtype=torch.float32)
+    programs = config.split_k if config.split == "parts" else 1
+    if programs > 1:
+        partials = ending.out.new_empty((programs, m, n), dtype=torch.float32)
         last, last_strides = (None, None, None, partials), (0, 0)
     tiles = -(-m // config.block_m) * -(-n // config.block_n)
     steps = config.blocks_per_split(k)
     product = Launch(
         kernel,
-        (tiles, config.split_k, 1),
+        (tiles, programs, 1),
         (*operands.pointers, *last, m, n, k, *operands.strides, *last_strides, steps),
         {
             **constants,
             "EVEN_K": k % config.block_k == 0,
-            "SPLIT": split,
+            "SPLIT": config.split,
             "SWAP": config.swap,
             "BLOCK_M": config.block_m,
             "BLOCK_N": config.block_n,
@@ -102,7 +102,7 @@ def plan_product(
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
-    return (product, _plan_reduction(partials, ending)) if split else (product,)
+    return (product, _plan_reduction(partials, ending)) if programs > 1 else (product,)
 
 
 def run(planned: Planned) -> Tensor:

@@ -46,6 +46,7 @@ def plan_quantizing_gemm(
     plan_n: int = 0,
     *,
     target: Target,
+    invariant: bool = False,
 ) -> Planned | None:
     """[..., N] of x's dtype from float x [..., K] and E4M3 b [N, K], x being quantized on the way.
 
@@ -68,14 +69,14 @@ def plan_quantizing_gemm(
     m, k, n = rows.total, rows.k, b.shape[0]
     if scale_b.dim() == 2 or rows.nested:
         return None
-    config = choose(kind_of_fp8(target, False, False), m, n, k, target, plan_n)
+    config = choose(kind_of_fp8(target, False, False), m, n, k, target, plan_n, invariant)
     if not quantizes_in_gemm(how, m, k, x.element_size(), config, target):
         return None
     out = x.new_empty((*x.shape[:-1], n))
     w = dense_columns(b)
     if static is not None:
         factor, scale_x = static.multiplier.reshape(-1), static.scale
-    elif config.split_k > 1:
+    elif config.split == "parts":
         factor = scale_x = x.new_empty(m, dtype=torch.float32)
     else:
         factor = scale_x = None
@@ -99,6 +100,7 @@ def plan_block_quantizing_gemm(
     plan_n: int = 0,
     *,
     target: Target,
+    invariant: bool = False,
 ) -> Planned | None:
     """[..., N] of x's dtype from float x [..., K], quantized in 1x128 blocks, and E4M3 b [N, K].
 
@@ -115,7 +117,7 @@ def plan_block_quantizing_gemm(
     """
     rows = rows_of(x)
     m, k, n = rows.total, rows.k, b.shape[0]
-    config = choose(kind_of_fp8(target, True, False), m, n, k, target, plan_n)
+    config = choose(kind_of_fp8(target, True, False), m, n, k, target, plan_n, invariant)
     fits = quantizes_in_gemm("block", m, k, x.element_size(), config, target)
     if rows.nested or not fits:
         return None

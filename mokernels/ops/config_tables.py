@@ -1,0 +1,293 @@
+"""The configurations of GEMM launches: what one is, and a table for each kind and generation."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import Literal
+
+from mokernels.formats import FP8_BLOCK
+from mokernels.ops.target import Target
+
+Split = Literal["parts", "serial"] | None
+"""How the parts of K are added: by a second launch, by the program itself, or there is only one."""
+Generation = Literal["mma", "wgmma", "tcgen05", "mfma"]
+Table = Literal[Generation, "mma_scaled", "bits"]
+
+
+class Kind(enum.Enum):
+    """What is multiplied, in which dtype, and when scales enter."""
+
+    FP8 = "fp8"
+    """E4M3 by E4M3, scales after the sum."""
+    FP8_FAST = "fp8_fast"
+    """The same with Hopper's own accumulator for the whole of K."""
+    FP8_BLOCK = "fp8_block"
+    """E4M3 by E4M3, scales per 128 of K."""
+    HALF_FP8 = "half_fp8"
+    """16-bit by E4M3, scales after the sum."""
+    HALF_BLOCK = "half_block"
+    """16-bit by E4M3, scales per 128 of K."""
+    HALF_NVFP4 = "half_nvfp4"
+    """16-bit by NVFP4, decoded and scaled in registers."""
+    HALF_MXFP8 = "half_mxfp8"
+    """16-bit by MXFP8, decoded and scaled in registers."""
+    FP32 = "fp32"
+    """fp32 by any weight, decoded, with IEEE multiplications."""
+    NVFP4 = "nvfp4"
+    """NVFP4 by NVFP4 on matrix units that apply block scales."""
+    MXFP8 = "mxfp8"
+    """MXFP8 by MXFP8 on matrix units that apply block scales."""
+
+
+@dataclass(frozen=True)
+class GemmConfig:
+    """How one GEMM is launched.
+
+    Attributes:
+        block_m: rows of x in a program's tile.
+        block_n: rows of the weight in a program's tile.
+        block_k: elements of K in one step.
+        num_warps: warps of a program.
+        num_stages: depth of the software pipeline, in K steps.
+        swap: the weight is the M side of the matrix instruction.
+        promote: FP8 products after which Hopper's accumulator is added to an fp32 one; None never.
+        group_m: row tiles that neighbouring programs walk before the next column.
+        split_k: number of partial sums; more than 1 takes a workspace and a second launch, or
+            ``serial``.
+        serial: a program computes all partial sums of its tile, one after the other.
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    swap: bool = False
+    promote: int | None = None
+    group_m: int = 8
+    split_k: int = 1
+    serial: bool = False
+
+    @property
+    def order(self) -> tuple[int, int, int | None]:
+        """What fixes the order of addition, for one kind and target; equal orders, equal bits."""
+        return self.block_k, self.split_k, self.promote
+
+    @property
+    def split(self) -> Split:
+        """What the kernels do about the partial sums."""
+        if self.split_k == 1:
+            return None
+        return "serial" if self.serial else "parts"
+
+    def blocks_per_split(self, k: int) -> int:
+        """K steps of one partial sum of a product over ``k``."""
+        return ceil_div(ceil_div(k, self.block_k), self.split_k)
+
+
+Rows = tuple[tuple[int, GemmConfig], ...]
+"""(largest M, configuration), in the order of M; the last one takes every larger M too."""
+
+ANY_M = 1 << 62
+
+
+def generation(target: Target) -> Generation:
+    """Which kind of matrix instruction the target has."""
+    if target.backend != "cuda":
+        return "mfma"
+    if not target.wants_swapped_operands:
+        return "mma"
+    return "wgmma" if target.promotes_accumulator else "tcgen05"
+
+
+def rows_of(kind: Kind, target: Target) -> Rows:
+    """The configurations of a kind on a target by the bucket of M; none where it does not exist."""
+    lacks_scaled = kind in (Kind.NVFP4, Kind.MXFP8) and not target.has_block_scaled_dot
+    if lacks_scaled or (kind is Kind.FP8_FAST and not target.promotes_accumulator):
+        return ()
+    if kind is Kind.FP32:
+        return _FP32
+    return _TABLES[_table(kind, target)][kind]
+
+
+def serial_bucket(kind: Kind, target: Target) -> int:
+    """Largest bucket of M whose tile leaves registers for a second accumulator."""
+    return _SERIAL_BUCKETS.get((_table(kind, target), kind), ANY_M)
+
+
+def _table(kind: Kind, target: Target) -> Table:
+    if kind in (Kind.FP8, Kind.FP8_BLOCK) and not target.has_fp8_dot:
+        return "bits"
+    found = generation(target)
+    return "mma_scaled" if found == "mma" and target.has_block_scaled_dot else found
+
+
+def ceil_div(a: int, b: int) -> int:
+    """A / b, rounded up."""
+    return -(-a // b)
+
+
+def _row(
+    end: int, m: int, n: int, k: int, warps: int, stages: int, swap: bool = False
+) -> tuple[int, GemmConfig]:
+    return end, GemmConfig(m, n, k, warps, stages, swap)
+
+
+def _promoted(rows: Rows) -> Rows:
+    """The same rows with Hopper's accumulator promoted every 128 products."""
+    return tuple((end, replace(config, promote=FP8_BLOCK)) for end, config in rows)
+
+
+# Chosen by compiling: no spills, 128-bit loads, the widest matrix instruction, on triton 3.6 and
+# 3.9. Register pressure is what limits tiles: block scales take twice the accumulators.
+_FP32: Rows = (_row(16, 16, 32, 32, 4, 3), _row(ANY_M, 32, 32, 32, 8, 2))
+
+# E4M3 decoded by bits to fp16, both operands: targets without an FP8 matrix instruction.
+_BITS: Rows = (
+    _row(16, 16, 64, 128, 4, 3),
+    _row(32, 32, 64, 128, 4, 4),
+    _row(ANY_M, 64, 128, 128, 8, 2),
+)
+
+_MMA_HALF: Rows = (
+    _row(16, 16, 64, 64, 4, 4),
+    _row(32, 32, 64, 64, 4, 4),
+    _row(64, 64, 64, 64, 4, 3),
+    _row(ANY_M, 128, 128, 64, 8, 3),
+)
+_MMA_NVFP4: Rows = (
+    _row(16, 16, 64, 256, 4, 3),
+    _row(32, 32, 64, 256, 4, 3),
+    _row(64, 64, 64, 256, 4, 3),
+    _row(ANY_M, 128, 128, 256, 8, 3),
+)
+_MMA_MXFP8: Rows = (
+    _row(16, 16, 64, 128, 4, 3),
+    _row(32, 32, 64, 128, 4, 3),
+    _row(64, 64, 64, 128, 4, 3),
+    _row(ANY_M, 128, 128, 128, 8, 3),
+)
+_MMA: Mapping[Kind, Rows] = MappingProxyType(
+    {
+        Kind.FP8: (
+            _row(16, 16, 64, 128, 4, 4),
+            _row(32, 32, 64, 128, 4, 4),
+            _row(64, 64, 128, 128, 4, 3),
+            _row(ANY_M, 128, 128, 128, 8, 3),
+        ),
+        Kind.FP8_BLOCK: (
+            _row(16, 16, 64, 128, 4, 4),
+            _row(32, 32, 64, 128, 4, 4),
+            _row(ANY_M, 64, 128, 128, 8, 3),
+        ),
+        Kind.HALF_FP8: _MMA_HALF,
+        Kind.HALF_BLOCK: _MMA_HALF,
+        Kind.HALF_NVFP4: _MMA_HALF,
+        Kind.HALF_MXFP8: _MMA_HALF,
+        Kind.NVFP4: _MMA_NVFP4,
+        Kind.MXFP8: _MMA_MXFP8,
+    }
+)
+
+# Few rows of x are the N side of a wgmma, whose M side is 64 rows of the weight for every 4 warps.
+_WGMMA_FP8: Rows = (
+    _row(16, 16, 64, 128, 4, 6, swap=True),
+    _row(32, 32, 128, 128, 4, 5, swap=True),
+    _row(64, 64, 128, 128, 4, 4, swap=True),
+    _row(512, 128, 128, 128, 8, 4),
+)
+# A decoded weight goes from registers into the instruction if it is the M side.
+_WGMMA_HALF: Rows = (
+    _row(16, 16, 64, 128, 4, 4, swap=True),
+    _row(32, 32, 64, 128, 4, 4, swap=True),
+    _row(64, 64, 128, 128, 8, 3, swap=True),
+    _row(ANY_M, 128, 128, 128, 8, 3, swap=True),
+)
+_WGMMA: Mapping[Kind, Rows] = MappingProxyType(
+    {
+        Kind.FP8: _promoted(_WGMMA_FP8),
+        # With promotion a 128x256 tile spills.
+        Kind.FP8_FAST: (*_WGMMA_FP8, _row(ANY_M, 128, 256, 128, 8, 3)),
+        Kind.FP8_BLOCK: (
+            _row(16, 16, 64, 128, 4, 6, swap=True),
+            _row(32, 32, 128, 128, 4, 4, swap=True),
+            _row(64, 64, 128, 128, 8, 4, swap=True),
+            _row(ANY_M, 128, 128, 128, 8, 4),
+        ),
+        Kind.HALF_FP8: _WGMMA_HALF,
+        Kind.HALF_BLOCK: (*_WGMMA_HALF[:3], _row(ANY_M, 128, 128, 128, 8, 3)),
+        Kind.HALF_NVFP4: _WGMMA_HALF,
+        Kind.HALF_MXFP8: _WGMMA_HALF,
+    }
+)
+
+_TCGEN05_FEW: Rows = (
+    _row(16, 16, 128, 128, 4, 4, swap=True),
+    _row(32, 32, 128, 128, 4, 4, swap=True),
+    _row(64, 64, 128, 128, 8, 4, swap=True),
+)
+_TCGEN05_HALF: Rows = (
+    _row(16, 16, 128, 128, 4, 4, swap=True),
+    _row(32, 32, 128, 128, 4, 3, swap=True),
+    _row(64, 64, 128, 128, 8, 3, swap=True),
+    _row(ANY_M, 128, 128, 128, 8, 3),
+)
+_TCGEN05: Mapping[Kind, Rows] = MappingProxyType(
+    {
+        Kind.FP8: (*_TCGEN05_FEW, _row(ANY_M, 128, 128, 128, 8, 4)),
+        Kind.FP8_BLOCK: (*_TCGEN05_FEW, _row(ANY_M, 128, 128, 128, 8, 4)),
+        Kind.HALF_FP8: _TCGEN05_HALF,
+        Kind.HALF_BLOCK: _TCGEN05_HALF,
+        Kind.HALF_NVFP4: _TCGEN05_HALF,
+        Kind.HALF_MXFP8: _TCGEN05_HALF,
+        Kind.NVFP4: (
+            _row(32, 32, 128, 256, 4, 3, swap=True),
+            _row(64, 64, 128, 256, 8, 3, swap=True),
+            _row(ANY_M, 128, 128, 256, 8, 3),
+        ),
+        Kind.MXFP8: (*_TCGEN05_FEW, _row(ANY_M, 128, 128, 128, 8, 3)),
+    }
+)
+
+_MFMA_HALF: Rows = (
+    _row(16, 16, 64, 64, 4, 2),
+    _row(32, 32, 64, 64, 4, 2),
+    _row(ANY_M, 64, 64, 64, 4, 2),
+)
+_MFMA: Mapping[Kind, Rows] = MappingProxyType(
+    {
+        Kind.FP8: _MFMA_HALF,
+        Kind.FP8_BLOCK: _MFMA_HALF,
+        Kind.HALF_FP8: _MFMA_HALF,
+        Kind.HALF_BLOCK: _MFMA_HALF,
+        Kind.HALF_NVFP4: _MFMA_HALF,
+        Kind.HALF_MXFP8: _MFMA_HALF,
+    }
+)
+
+_TABLES: Mapping[Table, Mapping[Kind, Rows]] = MappingProxyType(
+    {
+        "bits": MappingProxyType({Kind.FP8: _BITS, Kind.FP8_BLOCK: _BITS}),
+        "mma": _MMA,
+        "mma_scaled": _MMA,
+        "wgmma": _WGMMA,
+        "tcgen05": _TCGEN05,
+        "mfma": _MFMA,
+    }
+)
+
+_SERIAL_BUCKETS: Mapping[tuple[Table, Kind], int] = MappingProxyType(
+    {
+        ("bits", Kind.FP8_BLOCK): 32,
+        ("mma", Kind.HALF_BLOCK): 64,
+        ("mma", Kind.HALF_MXFP8): 64,
+        ("mma_scaled", Kind.HALF_BLOCK): 64,
+        ("mma_scaled", Kind.HALF_NVFP4): 64,
+        ("mma_scaled", Kind.NVFP4): 64,
+        ("mma_scaled", Kind.MXFP8): 64,
+        ("wgmma", Kind.FP8_FAST): 512,
+    }
+)
