@@ -11,7 +11,8 @@ rows of a table below agree in ``block_k`` and ``promote``, so that for one kind
 Tuning may vary everything else without changing a bit: ``block_m``, ``block_n``, ``group_m``,
 ``num_warps``, ``num_stages`` and ``swap`` (which operand is the M side of the instruction). That
 holds because no kernel sums over K inside a program other than by the matrix instruction and by
-adding its results; a kernel that did (a GEMV, say) would have to fix its warps and tile as well.
+adding its results. The GEMV is the exception, its threads' sums being added at the end: it has one
+configuration for a target, whatever the shape, and ``block_k`` tells the number of threads.
 
 ``split_k`` is a function of N, K, the bucket of M and the number of processors. N is ``plan_n``,
 the N of the fused group, so that a member of a group that is run alone adds as the group does.
@@ -37,6 +38,9 @@ BLOCKS_PER_SPLIT: int = 4
 """A partial sum takes at least this many K blocks, so that its pipeline gets going."""
 REDUCE_COLUMNS: int = 512
 """Columns of the tile of one row that a program of the split-K reduction adds."""
+GEMVS_PER_PROCESSOR: int = 4
+"""Programs of a GEMV, of one or two warps, that a processor needs to have loads enough in flight;
+an estimate from the latency of memory."""
 
 Generation = Literal["mma", "wgmma", "tcgen05", "mfma"]
 
@@ -58,6 +62,8 @@ class Kind(enum.Enum):
     """16-bit by NVFP4, decoded and scaled in registers."""
     HALF_MXFP8 = "half_mxfp8"
     """16-bit by MXFP8, decoded and scaled in registers."""
+    GEMV_NVFP4 = "gemv_nvfp4"
+    """One row of 16-bit or fp32 numbers by NVFP4, without a matrix instruction."""
     FP32 = "fp32"
     """fp32 by any weight, decoded, with IEEE multiplications."""
     NVFP4 = "nvfp4"
@@ -113,13 +119,14 @@ def choose(kind: Kind, m: int, n: int, k: int, target: Target, plan_n: int = 0) 
 
     Args:
         kind: what is multiplied.
-        m: rows of the activations; only its bucket matters.
+        m: rows of the activations; only its bucket matters, and a GEMV has one.
         n: rows of the weight.
         k: elements that are summed.
         target: the device's kind, and its number of processors.
         plan_n: rows of the fused group that the weight belongs to; 0 if it stands alone.
     """
-    return _choose(kind, bucket(m), plan_n or n, k, target)
+    rows = 1 if kind is Kind.GEMV_NVFP4 else bucket(m)
+    return _choose(kind, rows, plan_n or n, k, target)
 
 
 def bucket(m: int) -> int:
@@ -133,40 +140,20 @@ def all_configs(target: Target) -> dict[Kind, tuple[GemmConfig, ...]]:
     return {kind: configs for kind, configs in kinds.items() if configs}
 
 
-def config_ok(config: GemmConfig, kind: Kind, target: Target) -> bool:
-    """Whether a program fits the target, and the configuration the kernel."""
-    powers_of_two = all(
-        value & (value - 1) == 0 for value in (config.block_m, config.block_n, config.block_k)
-    )
-    block_scales = kind in (Kind.FP8_BLOCK, Kind.HALF_BLOCK, Kind.FP32)
-    one_scale = FP8_BLOCK % config.block_k == 0 and FP8_BLOCK % config.block_n == 0
-    promotes = config.promote is None or config.block_k % config.promote == 0
-    fits = shared_bytes(config, kind, target) <= target.shared_memory
-    return powers_of_two and fits and promotes and (one_scale or not block_scales)
-
-
-def shared_bytes(config: GemmConfig, kind: Kind, target: Target) -> int:
-    """Upper bound of the shared memory of a program, in bytes.
-
-    Pipelined loads keep ``num_stages`` copies of a step's operands as they are stored, one less
-    where the matrix instruction is synchronous; a decoded weight may take one more copy in its new
-    dtype; the result passes through shared memory in fp32 at the end, when the loads' buffers are
-    free again.
-    """
-    x_item, w_item = _stored_bytes(kind)
-    rows = config.block_m * x_item + config.block_n * w_item
-    step = int(config.block_k * (rows + _scale_bytes(config, kind)))
-    decoded = config.block_n * config.block_k * x_item if kind.value.startswith("half") else 0
-    copies = config.num_stages - (_generation(target) == "mma")
-    end = 4 * config.block_m * config.block_n
-    return max(copies * step + int(decoded), end) + 1024
-
-
 def kind_of_fp8(target: Target, block_scales: bool, fast_accum: bool) -> Kind:
     """The kind of an E4M3 by E4M3 product."""
     if block_scales:
         return Kind.FP8_BLOCK
     return Kind.FP8_FAST if fast_accum and target.promotes_accumulator else Kind.FP8
+
+
+def generation(target: Target) -> Generation:
+    """Which matrix instructions multiply."""
+    if target.backend != "cuda":
+        return "mfma"
+    if not target.wants_swapped_operands:
+        return "mma"
+    return "wgmma" if target.promotes_accumulator else "tcgen05"
 
 
 @cache
@@ -180,12 +167,15 @@ def _split(config: GemmConfig, m: int, n: int, k: int, target: Target) -> int:
     """The number of partial sums that fills the processors, for few rows only.
 
     With few rows a GEMM is a read of the weight, which takes nearly two programs on each processor
-    to saturate; with more, the partial sums' own traffic grows with M and one will do.
+    to saturate; with more, the partial sums' own traffic grows with M and one will do. The smaller
+    programs of a GEMV have to be more.
     """
     if m == ANY_M:
         return 1
     tiles = _ceil_div(m, config.block_m) * _ceil_div(n, config.block_n)
     wanted = target.processors * 9 // 5 if m <= 64 else target.processors
+    if config.block_m == 1:
+        wanted = target.processors * GEMVS_PER_PROCESSOR
     blocks = _ceil_div(k, config.block_k)
     chosen = 1
     for split in SPLITS:
@@ -196,36 +186,6 @@ def _split(config: GemmConfig, m: int, n: int, k: int, target: Target) -> int:
     return _ceil_div(blocks, _ceil_div(blocks, chosen)) if blocks else 1
 
 
-def _stored_bytes(kind: Kind) -> tuple[float, float]:
-    """Bytes of an element of x and of w in memory (16-bit or fp32 x; the largest w)."""
-    if kind is Kind.NVFP4:
-        return 0.5, 0.5
-    if kind is Kind.FP32:
-        return 4, 1
-    if kind in (Kind.FP8, Kind.FP8_FAST, Kind.FP8_BLOCK, Kind.MXFP8):
-        return 1, 1
-    return 2, 0.5 if kind is Kind.HALF_NVFP4 else 1
-
-
-def _scale_bytes(config: GemmConfig, kind: Kind) -> float:
-    """Bytes of pipelined block scales for each element of K in a step."""
-    if kind is Kind.NVFP4:
-        return (config.block_m + config.block_n) / 16
-    if kind is Kind.MXFP8:
-        return (config.block_m + config.block_n) / 32
-    return config.block_n / {Kind.HALF_NVFP4: 16, Kind.HALF_MXFP8: 32, Kind.FP32: 16}.get(
-        kind, ANY_M
-    )
-
-
-def _generation(target: Target) -> Generation:
-    if target.backend != "cuda":
-        return "mfma"
-    if not target.wants_swapped_operands:
-        return "mma"
-    return "wgmma" if target.promotes_accumulator else "tcgen05"
-
-
 def _rows(kind: Kind, target: Target) -> Rows:
     if kind in (Kind.NVFP4, Kind.MXFP8) and not target.has_block_scaled_dot:
         return ()
@@ -233,7 +193,9 @@ def _rows(kind: Kind, target: Target) -> Rows:
         return ()
     if kind is Kind.FP32:
         return _FP32
-    table = _TABLES[_generation(target)]
+    if kind is Kind.GEMV_NVFP4:
+        return _GEMV if target.backend == "cuda" else _GEMV_OF_64_THREADS
+    table = _TABLES[generation(target)]
     if kind in (Kind.FP8, Kind.FP8_BLOCK) and not target.has_fp8_dot:
         return _BITS
     return table[kind]
@@ -265,6 +227,11 @@ def _promoted(rows: Rows) -> Rows:
 # Chosen by compiling: no spills, 128-bit loads, the widest matrix instruction, on triton 3.6 and
 # 3.9. Register pressure is what limits tiles: block scales take twice the accumulators.
 _FP32: Rows = (_row(16, 16, 32, 32, 4, 3), _row(ANY_M, 32, 32, 32, 8, 2))
+
+# Small programs of few warps: the fastest tile of a prototype on an H100 for 28672 x 4096, with two
+# partial sums there, whose reduction was not counted.
+_GEMV: Rows = (_row(ANY_M, 1, 4, 2048, 2, 1),)
+_GEMV_OF_64_THREADS: Rows = (_row(ANY_M, 1, 4, 2048, 1, 1),)
 
 # E4M3 decoded by bits to fp16, both operands: targets without an FP8 matrix instruction.
 _BITS: Rows = (

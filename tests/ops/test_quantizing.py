@@ -1,4 +1,4 @@
-"""Which FP8 products quantize their activations themselves."""
+"""Which products quantize their activations themselves, and which are GEMVs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from mokernels.ops.quantizing import (
     STATIC_ROWS_IN_GEMM,
     TOKEN_K_IN_GEMM,
     TOKEN_ROWS_IN_GEMM,
+    WEIGHTS_WORTH_A_LAUNCH,
     Activations,
+    multiplies_row_by_gemv,
     quantizes_in_gemm,
 )
 from mokernels.ops.target import (
@@ -85,3 +87,15 @@ def test_only_the_bucket_of_rows_matters_and_no_columns(target, how, m, k, x_byt
 def test_limits_are_ends_of_buckets():
     limits = {STATIC_ROWS_IN_GEMM, STATIC_ROWS_ENCODED_BY_BITS, TOKEN_ROWS_IN_GEMM}
     assert limits <= set(M_BUCKETS)
+
+
+def test_one_row_by_any_weight_is_a_gemv_unless_it_is_quantized():
+    assert multiplies_row_by_gemv(1, 64, K, quantized=False)
+    assert not multiplies_row_by_gemv(2, 64, K, quantized=False)
+    assert not multiplies_row_by_gemv(1, 64, K + 16, quantized=False)
+
+
+def test_a_quantized_row_is_one_where_that_is_worth_a_launch():
+    least = WEIGHTS_WORTH_A_LAUNCH // K
+    answers = [multiplies_row_by_gemv(1, n, K, quantized=True) for n in (least - 1, least, 28672)]
+    assert answers == [False, True, True]
