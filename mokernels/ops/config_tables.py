@@ -34,6 +34,8 @@ class Kind(enum.Enum):
     """16-bit by NVFP4, decoded and scaled in registers."""
     HALF_MXFP8 = "half_mxfp8"
     """16-bit by MXFP8, decoded and scaled in registers."""
+    GEMV_NVFP4 = "gemv_nvfp4"
+    """One row of 16-bit or fp32 numbers by NVFP4, without a matrix instruction."""
     FP32 = "fp32"
     """fp32 by any weight, decoded, with IEEE multiplications."""
     NVFP4 = "nvfp4"
@@ -110,6 +112,8 @@ def rows_of(kind: Kind, target: Target) -> Rows:
         return ()
     if kind is Kind.FP32:
         return _FP32
+    if kind is Kind.GEMV_NVFP4:
+        return _GEMV if target.backend == "cuda" else _GEMV_OF_64_THREADS
     return _TABLES[_table(kind, target)][kind]
 
 
@@ -144,6 +148,11 @@ def _promoted(rows: Rows) -> Rows:
 # Chosen by compiling: no spills, 128-bit loads, the widest matrix instruction, on triton 3.6 and
 # 3.9. Register pressure is what limits tiles: block scales take twice the accumulators.
 _FP32: Rows = (_row(16, 16, 32, 32, 4, 3), _row(ANY_M, 32, 32, 32, 8, 2))
+
+# Small programs of few warps: the fastest tile of a prototype on an H100 for 28672 x 4096, with two
+# partial sums there, whose reduction was not counted.
+_GEMV: Rows = (_row(ANY_M, 1, 4, 2048, 2, 1),)
+_GEMV_OF_64_THREADS: Rows = (_row(ANY_M, 1, 4, 2048, 1, 1),)
 
 # E4M3 decoded by bits to fp16, both operands: targets without an FP8 matrix instruction.
 _BITS: Rows = (

@@ -1,4 +1,7 @@
-"""Which products quantize their activations themselves: a pure function of shape and target."""
+"""Which products quantize their activations themselves: a pure function of shape and target.
+
+And, since it is one decision with that, which ones multiply a single row without matrix units.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +24,11 @@ BLOCK_ROWS_IN_GEMM = 16
 """Most rows that a GEMM quantizes itself in 1x128 blocks: a maximum for each step along K."""
 TOKEN_K_IN_GEMM = 8192
 """Largest K of which every program of a GEMM looks for the rows' maxima."""
+
+GEMV_GROUP = 32
+"""Weights that a GEMV loads at once, for one row: 16 bytes."""
+WEIGHTS_WORTH_A_LAUNCH = 1 << 25
+"""Fewest NVFP4 weights of which a GEMV saves more time than a launch that quantizes costs."""
 
 
 def quantizes_in_gemm(
@@ -68,6 +76,30 @@ def quantizes_row_in_gemm(m: int, target: Target) -> bool:
         target: matrix units that apply block scales take codes, from a quantizer.
     """
     return m == 1 and not target.has_block_scaled_dot
+
+
+def multiplies_row_by_gemv(m: int, n: int, k: int, quantized: bool) -> bool:
+    """Whether a product of floats by an NVFP4 weight is a GEMV by fp32 multiply-adds.
+
+    For one row it decodes with fewer integer instructions than a GEMM, and they are the limit. What
+    it does not do is quantize: each of its programs has a few rows of the weight, beside which all
+    of x is not little work, so that quantized activations take a launch of their own before it.
+
+    The limit is an estimate. Of two prototypes with repacked weights on an H100 a GEMV took 28.6 us
+    for 28672 x 4096 and ``tl.dot`` 37.7 us, which is 0.08 us less for every million weights; to
+    quantize a row takes 1.5 to 2.5 us. They are even at 20 to 33 million weights.
+
+    The two add in different orders, so that activations that were quantized before (``quantized``,
+    too) have to be multiplied by the same kernel as those that a linear operator quantizes.
+
+    Args:
+        m: rows of the activations.
+        n: rows of the weight; of the fused group, if it belongs to one.
+        k: elements that are summed.
+        quantized: whether the activations are.
+    """
+    worthwhile = not quantized or n * k >= WEIGHTS_WORTH_A_LAUNCH
+    return m == 1 and k % GEMV_GROUP == 0 and worthwhile
 
 
 def _fits(x_bytes: int, config: GemmConfig, target: Target) -> bool:

@@ -82,7 +82,7 @@ def test_finds_the_matrix_instruction_of_the_main_loop(target, dtype, opcode):
 
 
 def test_a_kernel_without_a_loop_has_no_main_loop():
-    with pytest.raises(AssertionError, match="no loop holds a matrix instruction"):
+    with pytest.raises(AssertionError, match="no loop holds any of HMMA"):
         sass.main_loop(compile_launch(divide(), SM_90))
 
 

@@ -15,6 +15,7 @@ import triton.language as tl
 from tests.support.compare import assert_same_bits
 from tests.support.interpreted_dots import model_of
 from tests.support.interpreted_numbers import decode, encode
+from tests.support.interpreted_ptx import emulate
 
 pytestmark = pytest.mark.usefixtures("interpreted")
 
@@ -303,6 +304,21 @@ def test_inline_assembly_runs_its_model_or_is_refused():
     assert out.tolist() == [0, 3, 32, 1]
     with pytest.raises(Exception, match=r"no model of the inline assembly: brev.b32"):
         assembly_kernel[(1,)](x, out, TEXT="brev.b32 $0, $1;", BLOCK=4)
+
+
+def test_ptx_is_emulated_instruction_by_instruction():
+    words = np.array([0x12345678, 0xFFFFFFFF], np.uint32)
+    # Bytes 0 and 3 of the word and twice byte 0 of the constant; then (word & mask) | low byte.
+    text = "prmt.b32 $0, $2, 0xab, 0x4403; and.b32 t, $2, 0xff; lop3.b32 $1, $2, 0xff00, t, 0xea;"
+    permuted, merged = emulate(text, outputs=2)(words)
+    assert [hex(word) for word in permuted] == ["0xabab7812", "0xababffff"]
+    assert [hex(word) for word in merged] == ["0x5678", "0xffff"]
+    halves = "mov.b32 {low, high}, $2; cvt.f32.f16 $0, low; cvt.f32.f16 $1, high;"
+    low, high = emulate(halves, outputs=2)(np.array([0xC0003C00], np.uint32))
+    assert (low.tolist(), high.tolist()) == ([1.0], [-2.0])
+    for refused in ("brev.b32 $0, $1;", "prmt.b32 $0, $1, 0, 0x8000;"):
+        with pytest.raises(NotImplementedError):
+            emulate(refused, outputs=1)(words)
 
 
 def test_encode_and_decode_invert_each_other():

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mokernels.ops.config_limits import config_ok, shared_bytes
 from mokernels.ops.configs import (
     ANY_M,
     BLOCKS_PER_SPLIT,
@@ -19,9 +20,7 @@ from mokernels.ops.configs import (
     all_configs,
     bucket,
     choose,
-    config_ok,
     kind_of_fp8,
-    shared_bytes,
 )
 from mokernels.ops.target import (
     CUDA_TARGETS,
@@ -36,6 +35,7 @@ from mokernels.ops.target import (
 
 TARGETS = (*CUDA_TARGETS, *HIP_TARGETS, Target("xpu", "xpu", 128, 64 * 1024))
 CHOICES = [(target, kind) for target in TARGETS for kind in all_configs(target)]
+MATRIX_CHOICES = [choice for choice in CHOICES if choice[1] is not Kind.GEMV_NVFP4]
 
 targets_and_kinds = st.sampled_from(CHOICES)
 rows = st.integers(0, 3000) | st.sampled_from([*M_BUCKETS, *(end + 1 for end in M_BUCKETS)])
@@ -108,7 +108,7 @@ def test_a_member_of_a_group_adds_as_the_group_does(choice, m, group_n, member_n
     assert member == group
 
 
-@given(targets_and_kinds, columns, inner)
+@given(st.sampled_from(MATRIX_CHOICES), columns, inner)
 def test_many_rows_do_not_split(choice, n, k):
     target, kind = choice
     assert choose(kind, M_BUCKETS[-1] + 1, n, k, target).split_k == 1
@@ -133,7 +133,7 @@ def test_no_partial_sum_is_left_over():
 def test_few_rows_are_the_n_side_where_the_m_side_has_64(target):
     for kind in all_configs(target):
         config = choose(kind, 1, 4096, 4096, target)
-        assert config.swap == (kind is not Kind.FP32), kind
+        assert config.swap == (kind not in (Kind.FP32, Kind.GEMV_NVFP4)), kind
 
 
 @pytest.mark.parametrize("target", [SM_80, SM_89, SM_120, *HIP_TARGETS], ids=name)
@@ -185,6 +185,19 @@ def test_illegal_configurations_are_found(change, kind):
     assert not config_ok(replace(legal, **change), kind, SM_90)
 
 
+@pytest.mark.parametrize("target", TARGETS, ids=name)
+def test_a_gemv_has_one_configuration(target):
+    # Its threads' sums are added at the end: another tile or number of warps is another order.
+    (config,) = all_configs(target)[Kind.GEMV_NVFP4]
+    for change in ({"num_warps": 4}, {"block_k": 4096}, {"block_m": 16}):
+        assert not config_ok(replace(config, **change), Kind.GEMV_NVFP4, target)
+
+
+def test_a_gemv_is_split_where_its_programs_are_few_and_long():
+    for (n, k), split in {(28672, 4096): 1, (1024, 16384): 2, (1024, 8192): 1}.items():
+        assert choose(Kind.GEMV_NVFP4, 1, n, k, SM_90).split_k == split
+
+
 def test_shared_memory_is_counted_in_bytes_of_the_operands():
     config = GemmConfig(64, 128, 128, 4, num_stages=4)
     assert shared_bytes(config, Kind.FP8, SM_90) == 4 * (64 + 128) * 128 + 1024
@@ -205,7 +218,7 @@ def test_buckets():
 EVERY_BUCKET = (1, 16, 17, 64, 65, 128, 129, 512, 513, 1024, 100_000)
 
 
-@pytest.mark.parametrize(("target", "kind"), CHOICES, ids=name)
+@pytest.mark.parametrize(("target", "kind"), MATRIX_CHOICES, ids=name)
 def test_an_invariant_order_is_that_of_one_row(target, kind):
     orders = set()
     for n in (1, 64, 1024, 4096, 14336, 128_256):

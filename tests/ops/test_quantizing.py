@@ -1,4 +1,4 @@
-"""Which FP8 products quantize their activations themselves."""
+"""Which products quantize their activations themselves, and which are GEMVs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from mokernels.ops.quantizing import (
     STATIC_ROWS_IN_GEMM,
     TOKEN_K_IN_GEMM,
     TOKEN_ROWS_IN_GEMM,
+    WEIGHTS_WORTH_A_LAUNCH,
     Activations,
+    multiplies_row_by_gemv,
     quantizes_in_gemm,
 )
 from mokernels.ops.target import (
@@ -96,3 +98,15 @@ def test_what_quantizes_in_the_gemm_has_no_serial_parts(target, kind):
         for how in ("static", "token", "block"):
             fits = quantizes_in_gemm(how, m, K, BF16, config, target)
             assert not (fits and config.split == "serial"), (m, how)
+
+
+def test_one_row_by_any_weight_is_a_gemv_unless_it_is_quantized():
+    assert multiplies_row_by_gemv(1, 64, K, quantized=False)
+    assert not multiplies_row_by_gemv(2, 64, K, quantized=False)
+    assert not multiplies_row_by_gemv(1, 64, K + 16, quantized=False)
+
+
+def test_a_quantized_row_is_one_where_that_is_worth_a_launch():
+    least = WEIGHTS_WORTH_A_LAUNCH // K
+    answers = [multiplies_row_by_gemv(1, n, K, quantized=True) for n in (least - 1, least, 28672)]
+    assert answers == [False, True, True]

@@ -21,7 +21,8 @@ tl.clamp
 tl.fma                      rounds once (fp16, fp32); TypeError for bf16
 range(tensor)               a tensor of one element is an index, also with numpy >= 2.4
 constexpr * tensor          as tensor * constexpr; the other operators likewise
-inline assembly             Python emulations, registered by the text of the assembly
+inline assembly             Python emulations, registered by the text of the assembly; PTX of
+                            the kernels instruction by instruction (interpreted_ptx)
 ==========================  ==================================================================
 
 The dot adds in the order of numpy's BLAS, in fp32. It is therefore closer to the exact result than
@@ -44,6 +45,7 @@ import numpy as np
 
 from tests.support.interpreted_dots import create_dot, create_dot_scaled, create_inline_asm
 from tests.support.interpreted_numbers import FP8, KEPT_AS_BITS, encode, name_of, values_of
+from tests.support.interpreted_ptx import register_kernels
 
 _PATCHED_METHODS = (
     "binary_op",
@@ -82,6 +84,7 @@ def install() -> None:
         return
     _require(interpreter)
     builder.repaired = True
+    register_kernels()
     _repair_builder(builder)
     _repair_reductions(interpreter.ReduceScanOpInterface)
     _repair_indices(interpreter)

@@ -74,12 +74,12 @@ def loops(code: Sequence[Instruction]) -> list[list[Instruction]]:
     return sorted(bodies, key=len)
 
 
-def main_loop(compiled: Compiled) -> list[Instruction]:
-    """The shortest loop that holds a matrix instruction."""
+def main_loop(compiled: Compiled, opcodes: Sequence[str] = MATRIX_OPCODES) -> list[Instruction]:
+    """The shortest loop that holds one of these instructions, a matrix instruction by default."""
     for body in loops(instructions(compiled.sass)):
-        if any(i.base in MATRIX_OPCODES for i in body):
+        if any(i.base in opcodes for i in body):
             return body
-    raise AssertionError(f"{_where(compiled)}: no loop holds a matrix instruction")
+    raise AssertionError(f"{_where(compiled)}: no loop holds any of {', '.join(opcodes)}")
 
 
 def count(code: Iterable[Instruction]) -> Counter[str]:

@@ -1,7 +1,7 @@
 """Launches of products whose weight is decoded in registers: NVFP4 and MXFP8 by floats.
 
 The activations are floats: as they are, already quantized and decoded again, or one row that the
-product quantizes itself.
+product quantizes itself. One row by an NVFP4 weight has a kernel of its own (:mod:`gemv`).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mokernels.ops.configs import Kind, choose
 from mokernels.ops.kernels.gemm_decode import gemm_decode
+from mokernels.ops.launch.gemv import plan_gemv, takes_gemv
 from mokernels.ops.launch.plan import Launch
 from mokernels.ops.launch.product import (
     Ending,
@@ -72,12 +73,21 @@ def plan_nvfp4_decode(
     target: Target,
     invariant: bool = False,
 ) -> Planned:
-    """[..., N] of ``dtype`` from float x [..., K], times global_scale_a if given, and NVFP4 b."""
+    """[..., N] of ``dtype`` from float x [..., K], times global_scale_a if given, and NVFP4 b.
+
+    With global_scale_a x are the values of quantized activations, and one row of them is multiplied
+    by the kernel that multiplies it where the row is quantized by the product (plan_nvfp4_row).
+    """
     kind = Kind.FP32 if x.dtype == torch.float32 else Kind.HALF_NVFP4
     out = x.new_empty((*x.shape[:-1], b.shape[0]), dtype=dtype)
     ending = Ending(out, bias, global_scale_a, global_scale_b)
     weight = DecodedWeight.nvfp4(b, scale_b, target)
-    return out, _plan(x, weight, ending, kind, TRITON_DTYPES[x.dtype], plan_n, target, invariant)
+    rows, quantized = x.shape[:-1].numel(), global_scale_a is not None
+    compute = TRITON_DTYPES[x.dtype]
+    # A GEMV adds in an order of its own, which no other number of rows has.
+    if not invariant and takes_gemv(rows, weight.codes, plan_n, quantized):
+        return out, plan_gemv(x, weight.codes, weight.scale, ending, compute, plan_n, target)
+    return out, _plan(x, weight, ending, kind, compute, plan_n, target, invariant)
 
 
 def plan_mxfp8_decode(
@@ -118,13 +128,16 @@ def plan_nvfp4_row(
 ) -> Planned | None:
     """As quantizing x to NVFP4, decoding it to bf16 and :func:`plan_nvfp4_decode`, in one launch.
 
-    None where :func:`quantizes_row_in_gemm` says that it takes two. ``input_scale`` is fp32 with
-    one item, the global scale of x.
+    None where :func:`quantizes_row_in_gemm` says that it takes two, or :func:`takes_gemv` that two
+    are faster. ``input_scale`` is fp32 with one item, the global scale of x.
     """
-    if input_scale.numel() != 1 or not quantizes_row_in_gemm(x.shape[:-1].numel(), target):
+    rows = x.shape[:-1].numel()
+    if input_scale.numel() != 1 or not quantizes_row_in_gemm(rows, target):
+        return None
+    weight = DecodedWeight.nvfp4(b, scale_b, target)
+    if not invariant and takes_gemv(rows, weight.codes, plan_n, True):
         return None
     out = x.new_empty((*x.shape[:-1], b.shape[0]), dtype=dtype)
-    weight = DecodedWeight.nvfp4(b, scale_b, target)
     ending = Ending(out, bias, input_scale, global_scale_b)
     return out, _plan_row(
         x, weight, input_scale, ending, Kind.HALF_NVFP4, plan_n, target, invariant

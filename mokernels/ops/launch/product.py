@@ -93,11 +93,7 @@ def plan_product(
             **constants,
             "EVEN_K": k % config.block_k == 0,
             "SPLIT": config.split,
-            "SWAP": config.swap,
-            "BLOCK_M": config.block_m,
-            "BLOCK_N": config.block_n,
-            "BLOCK_K": config.block_k,
-            "GROUP_M": config.group_m,
+            **_tile(config),
         },
         num_warps=config.num_warps,
         num_stages=config.num_stages,
@@ -137,6 +133,19 @@ def row_stride(scale: Tensor | None) -> int:
 def codes_of(codes: Tensor, target: Target) -> Tensor:
     """E4M3 codes (or scales) as a kernel for ``target`` reads them: bytes if it lacks the type."""
     return codes if target.has_fp8_type else codes.view(torch.uint8)
+
+
+def _tile(config: GemmConfig) -> dict[str, int | bool]:
+    """A program's tile; that of a GEMV has one row: no sides to swap, no rows to walk down."""
+    tile = {"BLOCK_N": config.block_n, "BLOCK_K": config.block_k}
+    if config.block_m == 1:
+        return tile
+    return {
+        **tile,
+        "SWAP": config.swap,
+        "BLOCK_M": config.block_m,
+        "GROUP_M": config.group_m,
+    }
 
 
 def _plan_reduction(partials: Tensor, ending: Ending) -> Launch:

@@ -1,0 +1,68 @@
+"""What a GEMM configuration takes of a target, and whether it is legal there."""
+
+from __future__ import annotations
+
+from mokernels.formats import FP8_BLOCK
+from mokernels.ops.config_tables import ANY_M, GemmConfig, Kind, generation
+from mokernels.ops.quantizing import GEMV_GROUP
+from mokernels.ops.target import Target
+
+
+def config_ok(config: GemmConfig, kind: Kind, target: Target) -> bool:
+    """Whether a program fits the target, and the configuration the kernel."""
+    powers_of_two = all(
+        value & (value - 1) == 0 for value in (config.block_m, config.block_n, config.block_k)
+    )
+    block_scales = kind in (Kind.FP8_BLOCK, Kind.HALF_BLOCK, Kind.FP32)
+    one_scale = FP8_BLOCK % config.block_k == 0 and FP8_BLOCK % config.block_n == 0
+    promotes = config.promote is None or config.block_k % config.promote == 0
+    fits = shared_bytes(config, kind, target) <= target.shared_memory
+    whole = kind is not Kind.GEMV_NVFP4 or _is_gemv(config, target)
+    return powers_of_two and fits and promotes and whole and (one_scale or not block_scales)
+
+
+def shared_bytes(config: GemmConfig, kind: Kind, target: Target) -> int:
+    """Upper bound of the shared memory of a program, in bytes.
+
+    Pipelined loads keep ``num_stages`` copies of a step's operands as they are stored, one less
+    where the matrix instruction is synchronous; a decoded weight may take one more copy in its new
+    dtype; the result passes through shared memory in fp32 at the end, when the loads' buffers are
+    free again.
+    """
+    x_item, w_item = _stored_bytes(kind)
+    rows = config.block_m * x_item + config.block_n * w_item
+    step = int(config.block_k * (rows + _scale_bytes(config, kind)))
+    decoded = config.block_n * config.block_k * x_item if kind.value.startswith("half") else 0
+    copies = config.num_stages - (generation(target) == "mma")
+    end = 4 * config.block_m * config.block_n
+    return max(copies * step + int(decoded), end) + 1024
+
+
+def _is_gemv(config: GemmConfig, target: Target) -> bool:
+    """Whether a program has one row of x, and each of its threads one group of a step."""
+    threads = config.num_warps * (32 if target.backend == "cuda" else 64)
+    return config.block_m == 1 and config.block_k == GEMV_GROUP * threads
+
+
+def _stored_bytes(kind: Kind) -> tuple[float, float]:
+    """Bytes of an element of x and of w in memory (16-bit or fp32 x; the largest w)."""
+    if kind is Kind.NVFP4:
+        return 0.5, 0.5
+    if kind is Kind.GEMV_NVFP4:
+        return 4, 0.5
+    if kind is Kind.FP32:
+        return 4, 1
+    if kind in (Kind.FP8, Kind.FP8_FAST, Kind.FP8_BLOCK, Kind.MXFP8):
+        return 1, 1
+    return 2, 0.5 if kind is Kind.HALF_NVFP4 else 1
+
+
+def _scale_bytes(config: GemmConfig, kind: Kind) -> float:
+    """Bytes of pipelined block scales for each element of K in a step."""
+    if kind is Kind.NVFP4:
+        return (config.block_m + config.block_n) / 16
+    if kind is Kind.MXFP8:
+        return (config.block_m + config.block_n) / 32
+    return config.block_n / {Kind.HALF_NVFP4: 16, Kind.HALF_MXFP8: 32, Kind.FP32: 16}.get(
+        kind, ANY_M
+    )

@@ -1,0 +1,92 @@
+"""Inline PTX for the interpreter: the few instructions that kernels use, one after the other."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+
+import numpy as np
+
+from tests.support.interpreted_dots import model_of
+
+Registers = dict[str, np.ndarray]
+
+
+def emulate(assembly: str, outputs: int) -> Callable[..., tuple[np.ndarray, ...]]:
+    """What a block of PTX computes, on words of 32 bits: $0 and so on are outputs, then inputs.
+
+    Args:
+        assembly: instructions that :data:`_WORD_OPERATIONS` lists, unpacking moves and conversions
+            from fp16 to fp32; anything else is refused.
+        outputs: how many there are.
+    """
+    lines = [line.strip(" {}\n") for line in assembly.strip(" {}\n").split(";")]
+    steps = [line.split(maxsplit=1) for line in lines if line and not line.startswith(".reg")]
+
+    def run(*inputs: np.ndarray) -> tuple[np.ndarray, ...]:
+        registers: Registers = {
+            f"${outputs + i}": np.asarray(value).view(np.uint32) for i, value in enumerate(inputs)
+        }
+        for operation, operands in steps:
+            _step(operation, operands, registers)
+        return tuple(registers[f"${i}"] for i in range(outputs))
+
+    return run
+
+
+def _step(operation: str, operands: str, registers: Registers) -> None:
+    names = [name for name in re.split(r"[\s,{}]+", operands) if name]
+    if operation == "mov.b32" and len(names) == 3:
+        word = registers[names[2]]
+        registers[names[0]] = (word & np.uint32(0xFFFF)).astype(np.uint16)
+        registers[names[1]] = (word >> np.uint32(16)).astype(np.uint16)
+    elif operation == "cvt.f32.f16":
+        registers[names[0]] = registers[names[1]].view(np.float16).astype(np.float32)
+    elif operation in _WORD_OPERATIONS:
+        values = [registers[n] if n in registers else np.uint32(int(n, 0)) for n in names[1:]]
+        registers[names[0]] = _WORD_OPERATIONS[operation](*values)
+    else:
+        raise NotImplementedError(f"no model of the PTX instruction {operation}")
+
+
+def _lop3(a: np.ndarray, b: np.ndarray, c: np.ndarray, table: np.uint32) -> np.ndarray:
+    """Bit 4 a + 2 b + c of the table, for each bit of the operands."""
+    result = np.zeros_like(a)
+    for entry in range(8):
+        if int(table) >> entry & 1:
+            terms = (v if entry >> s & 1 else ~v for v, s in ((a, 2), (b, 1), (c, 0)))
+            first, second, third = terms
+            result |= first & second & third
+    return result
+
+
+def _prmt(a: np.ndarray, b: np.ndarray, selector: np.uint32) -> np.ndarray:
+    """Bytes 0 to 3 are those of a, 4 to 7 those of b; the selector has one digit for each."""
+    result = np.zeros_like(a)
+    for place in range(4):
+        digit = int(selector) >> 4 * place & 15
+        if digit > 7:
+            raise NotImplementedError("prmt that copies signs is not modelled")
+        source = (a, b)[digit // 4]
+        byte = (source >> np.uint32(8 * (digit % 4))) & np.uint32(0xFF)
+        result |= byte << np.uint32(8 * place)
+    return result
+
+
+_WORD_OPERATIONS: Mapping[str, Callable[..., np.ndarray]] = MappingProxyType(
+    {
+        "and.b32": lambda a, b: a & b,
+        "shl.b32": lambda a, b: a << b,
+        "shr.u32": lambda a, b: a >> b,
+        "lop3.b32": _lop3,
+        "prmt.b32": _prmt,
+    }
+)
+
+
+def register_kernels() -> None:
+    """Models of the assembly in mokernels' kernels."""
+    from mokernels.ops.kernels.gemv import DECODE_WORD
+
+    model_of(DECODE_WORD.value)(emulate(DECODE_WORD.value, outputs=8))
