@@ -124,7 +124,7 @@ def _rewrite_lines(rewrites: Iterable[Rewrite]) -> list[str]:
         where = ", ".join(name for name, _ in names) or "(module not known)"
         why = f" ({rewrite.why})" if rewrite.why else ""
         numbers = alike.setdefault((f"  {rewrite.what} -> {rewrite.operator}", where + why), [])
-        numbers.extend(number for number in dict.fromkeys(n for _, ns in names for n in ns))
+        numbers.extend(number for _, found in names for number in found)
     return [f"{what}: {_named(where, numbers)}" for (what, where), numbers in alike.items()]
 
 

@@ -105,7 +105,7 @@ def multiplies_row_by_gemv(m: int, n: int, k: int, quantized: bool) -> bool:
 def _fits(x_bytes: int, config: GemmConfig, target: Target) -> bool:
     """Whether shared memory holds the pipelined steps with activations that are not quantized yet.
 
-    An asynchronous matrix instruction keeps one step more (see configs.shared_bytes).
+    An asynchronous matrix instruction keeps one step more (see config_limits.shared_bytes).
     """
     step = config.block_k * (config.block_m * x_bytes + config.block_n)
     copies = config.num_stages - (not target.wants_swapped_operands)
