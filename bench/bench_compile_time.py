@@ -5,8 +5,7 @@
 32 layers of width 256; the first call minus the second, nothing cached on disk. Both models are
 compiled by ``mokernels.compile.compile_layers``, in turn, so that both meet the same machine. With
 a GPU the time is Dynamo's, Inductor's and Triton's. Without one most of it is the C++ compiler's,
-which runs in other processes: hence the second ratio, of this process' own time on a core. There
-each format is compiled with and without decoding its weights in Inductor's code (``expand``).
+which runs in other processes: hence the second ratio, of this process' own time on a core.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from torch._dynamo import utils as dynamo_utils
 from torch._inductor.utils import fresh_cache
 
 import mokernels
-from mokernels.compile import FusionOptions, compile_layers, decompile_layers
+from mokernels.compile import compile_layers, decompile_layers
 from tests.support.models import export, tiny_model
 
 FORMATS = ("FP8", "FP8_PER_CHANNEL_PER_TOKEN", "FP8_PB_WO", "NVFP4", "MXFP8")
@@ -77,22 +76,18 @@ def _call(model: nn.Module) -> tuple[float, float]:
     return time.perf_counter() - start, time.process_time() - start_on_core
 
 
-@pytest.mark.parametrize("expand", [True, False] if DEVICE == "cpu" else [True])
 @pytest.mark.parametrize("format", FORMATS)
-def test_compile_time_beside_bf16(
-    format: str, expand: bool, plain: nn.Module, tmp_path: Path, benchmark
-) -> None:
+def test_compile_time_beside_bf16(format: str, plain: nn.Module, tmp_path: Path, benchmark) -> None:
     unquantized = tiny_model("Llama", num_hidden_layers=LAYERS, **WIDTHS)
     folder = export(unquantized, tmp_path / "model", format, same_codes=True)
     quantized = mokernels.from_pretrained(folder, device_map=DEVICE)
-    mokernels.compile.enable(FusionOptions(expand=expand))
     rounds = [(compile_times(plain), compile_times(quantized)) for _ in range(ROUNDS)]
     benchmark.pedantic(compile_times, args=(quantized,), rounds=1)
     sides = zip(*rounds, strict=True)
     bf16, ours = ({part: min(t[part] for t in side) for part in side[0]} for side in sides)
     ratios = {f"ratio, {part}": ours[part] / bf16[part] for part in ("total", "on a core")}
     benchmark.extra_info.update(ratios, bf16=bf16, quantized=ours)
-    lines = [f"{DEVICE} {format} {expand=}"]
+    lines = [f"{DEVICE} {format}"]
     lines += [f"  {name}: {ratio:.2f}" for name, ratio in ratios.items()]
     lines += [f"  {part}: {ours[part]:.2f} s, bf16 {bf16[part]:.2f} s" for part in bf16]
     sys.stdout.write("\n" + "\n".join(lines) + "\n")

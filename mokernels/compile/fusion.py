@@ -20,7 +20,6 @@ from mokernels.compile.graph import calls, name_of, value
 from mokernels.compile.options import FusionOptions
 from mokernels.compile.producers import fuse_gates, fuse_norms
 from mokernels.compile.remaining import (
-    expand_products,
     expand_quantizations,
     is_inductors,
     quantize_in_gemm,
@@ -104,10 +103,6 @@ class FusionPass(CustomGraphPass):
         if options.expand:
             for node in expand_quantizations(graph):
                 rewrites.append(_rewrite("quantize left to Inductor", "Inductor", node))
-        # Torch's own product on the CPU adds in an order that follows the number of rows.
-        if options.expand and on_cpu and not is_batch_invariant():
-            for node in expand_products(graph):
-                rewrites.append(_rewrite("weight decoded by Inductor", "mm in fp32", node))
         if options.quantize_in_gemm:
             for node in quantize_in_gemm(graph):
                 rewrites.append(_rewrite("quantize in the GEMM", name_of(node), node))

@@ -21,8 +21,7 @@ class FusionOptions:
             by side.
         fuse_norm: residual addition, RMSNorm and quantization in one kernel of ours.
         fuse_activation: SiLU or GELU, multiplication and quantization in one kernel of ours.
-        expand: leave quantizations that follow code of Inductor's to Inductor; on a CPU also the
-            decoding of weights, but not inside :func:`mokernels.batch_invariant`.
+        expand: leave quantizations that follow code of Inductor's to Inductor.
         quantize_in_gemm: quantize inside the GEMM's own operator where nothing else can be fused.
     """
 

@@ -30,7 +30,6 @@ from mokernels.compile.graph import (
     replace_items,
     value,
 )
-from mokernels.compile.share import ROWS
 from mokernels.compile.split import PAIR_QUANTIZERS, QUANTIZERS
 from mokernels.formats import FP8_BLOCK
 from mokernels.ops.registry import operator, reference_of
@@ -77,29 +76,6 @@ def _expandable(x: torch.Tensor) -> tuple[str, ...]:
     k = x.shape[-1]
     whole = isinstance(k, int) and k % FP8_BLOCK == 0
     return EXPANDED_ON_CPU if whole else EXPANDED_ON_GPU
-
-
-def expand_products(graph: Graph) -> list[Node]:
-    """Write products, on the CPU, as plain torch; returns those it replaced.
-
-    What is left of them is a product of fp32 matrices, by the same library as in eager mode.
-    Inductor decodes a weight in one vectorised pass, which eager mode does in eight.
-    """
-    expanded, traces = [node for node in calls(graph, ROWS) if _has_whole_blocks(node)], Traces()
-    for node in expanded:
-        inline(graph, node, traces)
-    return expanded
-
-
-def _has_whole_blocks(gemm: Node) -> bool:
-    """Whether no block of 128 is short, in either operand; see :func:`_expandable`."""
-    given = arguments(gemm)
-    if not name_of(gemm).startswith("fp8"):
-        return True
-    n, k = value(given["b"]).shape
-    by_rows = value(given["scale_b"]).dim() < 2
-    by_token = "a" not in given or value(given["scale_a"]).dim() < value(given["a"]).dim()
-    return (by_rows or n % FP8_BLOCK == 0) and ((by_rows and by_token) or k % FP8_BLOCK == 0)
 
 
 def quantize_in_gemm(graph: Graph) -> list[Node]:

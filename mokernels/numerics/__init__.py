@@ -11,6 +11,7 @@ NaN element and gives its block the scale 1, as ModelOpt does.
 
 from mokernels.numerics.elements import (
     decode_e2m1,
+    decode_e2m1_pairs,
     decode_e4m3,
     decode_e8m0,
     encode_e2m1,
@@ -20,6 +21,7 @@ from mokernels.numerics.fp8 import (
     dequantize_fp8,
     expand_fp8_scale,
     fp8_multiplier,
+    fp8_weight,
     quantize_fp8,
     quantize_fp8_block_weight,
     quantize_fp8_channel_weight,
@@ -28,13 +30,25 @@ from mokernels.numerics.fp8 import (
     quantize_fp8_tensor_weight,
     static_fp8_scales,
 )
-from mokernels.numerics.mxfp8 import dequantize_mxfp8, quantize_mxfp8, quantize_mxfp8_weight
-from mokernels.numerics.nvfp4 import dequantize_nvfp4, quantize_nvfp4, quantize_nvfp4_weight
+from mokernels.numerics.mxfp8 import (
+    dequantize_mxfp8,
+    mxfp8_weight,
+    quantize_mxfp8,
+    quantize_mxfp8_weight,
+)
+from mokernels.numerics.nvfp4 import (
+    dequantize_nvfp4,
+    nvfp4_weight,
+    quantize_nvfp4,
+    quantize_nvfp4_weight,
+)
 from mokernels.numerics.packing import pack_nibbles, unpack_nibbles
-from mokernels.numerics.product import scaled_product
+from mokernels.numerics.product import CodedWeight, scaled_product
 
 __all__ = [
+    "CodedWeight",
     "decode_e2m1",
+    "decode_e2m1_pairs",
     "decode_e4m3",
     "decode_e8m0",
     "dequantize_fp8",
@@ -44,6 +58,9 @@ __all__ = [
     "encode_e4m3",
     "expand_fp8_scale",
     "fp8_multiplier",
+    "fp8_weight",
+    "mxfp8_weight",
+    "nvfp4_weight",
     "pack_nibbles",
     "quantize_fp8",
     "quantize_fp8_block_weight",

@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import is_fake
 
 from mokernels.formats import E4M3_MAX, E8M0_NAN
 
@@ -14,7 +13,6 @@ from mokernels.formats import E4M3_MAX, E8M0_NAN
 # wins: a value that equals a bound belongs below it when the lower code is even, above it when the
 # lower code is odd.
 _E2M1_BOUNDS = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
-_SIGN_OF_16 = -(2**15)
 _PIECE = 2**18  # in cache, and enough for eight threads
 
 
@@ -40,39 +38,27 @@ def encode_e4m3(x: Tensor) -> Tensor:
     return x.float().clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
 
 
-def decode_e4m3(codes: Tensor) -> Tensor:
+def decode_e4m3(codes: Tensor, out: Tensor | None = None) -> Tensor:
     """float8_e4m3fn (or its bytes as uint8), any shape, to fp32; exact.
 
-    Decoding weights is most of what a model does on a CPU, and torch's own conversion takes five to
-    ten times as long as these formulas: one of few passes, and one that compilers fuse into one.
+    Decoding weights is most of what a model does on a CPU, and torch's own conversion takes ten
+    times as long as these few passes over what the cache holds.
+
+    Args:
+        codes: any shape.
+        out: fp32, contiguous, of the shape of the codes: where the values go. New by default.
     """
-    return _fused_e4m3(codes) if _is_traced(codes) else in_pieces(_eager_e4m3, codes)
+    return _in_pieces(_decode_e4m3, codes, out)
 
 
-def _eager_e4m3(codes: Tensor) -> Tensor:
-    """Sign and magnitude moved to their places in an fp16, which makes code * 2 ** -8.
-
-    The magnitude 0x7F gets fp16's largest exponent too, and is NaN there as here.
-    """
-    bits = codes.view(torch.int8).to(torch.int16)  # the sign is extended to the high byte
-    magnitude = bits & 0x7F
-    nan = (magnitude + 1).bitwise_and_(0x80)
-    moved = magnitude.bitwise_or_(nan).bitwise_left_shift_(7)
-    moved.bitwise_or_(bits.bitwise_and_(_SIGN_OF_16))
-    return moved.view(torch.float16).float().mul_(2.0**8)
-
-
-def _fused_e4m3(codes: Tensor) -> Tensor:
-    """Regular magnitudes with fp32's exponent, subnormal ones as integers: no subnormal of fp32.
-
-    Only operations on 32 bits, which Inductor vectorises.
-    """
-    bits = codes.view(torch.uint8).to(torch.int32)
-    magnitude = bits & 0x7F
-    regular = ((magnitude << 20) + (120 << 23)).view(torch.float32)
-    value = torch.where(magnitude < 8, magnitude.to(torch.float32) * 2.0**-9, regular)
-    value = torch.where(magnitude == 0x7F, torch.nan, value)
-    return torch.where(bits >= 128, -value, value)
+def _decode_e4m3(codes: Tensor, values: Tensor) -> None:
+    """Sign and magnitude moved to their places in an fp16, which makes code * 2 ** -8."""
+    # The sign is extended to the high byte, and its copy in the exponent's highest bit removed.
+    bits = codes.view(torch.int8).to(torch.int16).bitwise_left_shift_(7)
+    values.copy_(bits.bitwise_and_(~0x4000).view(torch.float16)).mul_(2.0**8)
+    # Bytes 0x7F and 0xFF, which came out as +-480.
+    if codes.view(torch.int8).max() == 0x7F or codes.view(torch.uint8).max() == 0xFF:
+        values.masked_fill_(values.abs() == 480.0, torch.nan)
 
 
 def encode_e2m1(x: Tensor) -> Tensor:
@@ -97,24 +83,30 @@ def encode_e2m1(x: Tensor) -> Tensor:
 
 def decode_e2m1(codes: Tensor) -> Tensor:
     """E2M1 codes (uint8, low nibble), any shape, to fp32; exact. Code 8 is -0."""
-    return _fused_e2m1(codes) if _is_traced(codes) else in_pieces(_eager_e2m1, codes)
+    return decode_e2m1_pairs(codes.unsqueeze(-1))[..., 0]
 
 
-def _eager_e2m1(codes: Tensor) -> Tensor:
-    """As :func:`_eager_e4m3`: in its place in an fp16 a code counts 2 ** -14 times itself."""
-    bits = codes.to(torch.int16)
-    moved = (bits & 7).bitwise_left_shift_(9)
-    moved.bitwise_or_(bits.bitwise_and_(8).bitwise_left_shift_(12))
-    return moved.view(torch.float16).float().mul_(2.0**14)
+def decode_e2m1_pairs(packed: Tensor, out: Tensor | None = None) -> Tensor:
+    """E2M1 codes packed by two in uint8 [..., K / 2], low nibble first, to fp32 [..., K]; exact.
+
+    Args:
+        packed: [..., K / 2].
+        out: fp32, contiguous, [..., K]: where the values go. New by default.
+    """
+    return _in_pieces(_decode_e2m1_pairs, packed, out, each=2)
 
 
-def _fused_e2m1(codes: Tensor) -> Tensor:
-    """As :func:`_fused_e4m3`."""
-    bits = codes.to(torch.int32)
-    magnitude = bits & 7
-    regular = ((magnitude << 22) + (126 << 23)).view(torch.float32)
-    value = torch.where(magnitude < 2, magnitude.to(torch.float32) * 0.5, regular)
-    return torch.where((bits & 8) > 0, -value, value)
+def _decode_e2m1_pairs(packed: Tensor, values: Tensor) -> None:
+    """As :func:`_decode_e4m3`: in its place in an fp16 a code counts 2 ** -14 times itself.
+
+    A byte becomes the two fp16 of a 32-bit word. The high nibble is moved to the word's high half,
+    which machines that begin a word with its low byte read second, as it is wanted.
+    """
+    words = packed.to(torch.int32)
+    words.bitwise_or_(words.bitwise_left_shift(12))
+    signs = words.bitwise_and(0x0008_0008).bitwise_left_shift_(12)
+    words.bitwise_and_(0x0007_0007).bitwise_left_shift_(9).bitwise_or_(signs)
+    values.copy_(words.view(torch.float16)).mul_(2.0**14)
 
 
 def decode_e8m0(exponents: Tensor) -> Tensor:
@@ -125,28 +117,23 @@ def decode_e8m0(exponents: Tensor) -> Tensor:
     return torch.where(exponents == E8M0_NAN, torch.nan, values)
 
 
-def in_pieces(formula: Callable[[Tensor], Tensor], codes: Tensor, each: int = 1) -> Tensor:
-    """``formula(codes)``, fp32, a piece at a time: a large tensor's intermediates come from the
-    system page by page, which takes several times as long as the arithmetic.
+def _in_pieces(
+    decode: Callable[[Tensor, Tensor], None], codes: Tensor, out: Tensor | None, each: int = 1
+) -> Tensor:
+    """Decode a piece at a time: a large tensor's intermediates come from the system page by page,
+    which takes several times as long as the arithmetic.
 
     Args:
-        formula: from codes [n] to values [n * each].
+        decode: writes the values [n * each] of codes [n], n > 0.
         codes: [..., K].
+        out: as of :func:`decode_e4m3`, [..., K * each].
         each: values that a code stands for.
-
-    Returns:
-        [..., K * each].
     """
-    if _is_traced(codes) or codes.numel() <= _PIECE:
-        return formula(codes)
-    shape = (*codes.shape[:-1], codes.shape[-1] * each)
-    values = torch.empty(shape, dtype=torch.float32, device=codes.device)
-    parts = values.view(-1).split(_PIECE * each)
-    for part, piece in zip(parts, codes.reshape(-1).split(_PIECE), strict=True):
-        part.copy_(formula(piece))
-    return values
-
-
-def _is_traced(tensor: Tensor) -> bool:
-    """Whether a graph is being made of these operations, instead of running them."""
-    return bool(torch.compiler.is_compiling() or is_fake(tensor))
+    if out is None:
+        shape = (*codes.shape[:-1], codes.shape[-1] * each) if codes.dim() else codes.shape
+        out = torch.empty(shape, dtype=torch.float32, device=codes.device)
+    if codes.numel():
+        parts = out.view(-1).split(_PIECE * each)
+        for part, piece in zip(parts, codes.reshape(-1).split(_PIECE), strict=True):
+            decode(piece, part)
+    return out

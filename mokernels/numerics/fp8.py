@@ -18,6 +18,7 @@ from torch.nn.functional import pad
 from mokernels.errors import ArgumentError
 from mokernels.formats import E4M3_MAX, FP8_BLOCK, FP8_TINY_AMAX
 from mokernels.numerics.elements import decode_e4m3, divide, encode_e4m3
+from mokernels.numerics.product import CodedWeight
 
 
 def fp8_multiplier(amax: Tensor) -> Tensor:
@@ -136,7 +137,12 @@ def expand_fp8_scale(scale: Tensor, rows: int, k: int) -> Tensor:
     )
 
 
-def dequantize_fp8(codes: Tensor, scale: Tensor, out_dtype: torch.dtype = torch.float32) -> Tensor:
+def dequantize_fp8(
+    codes: Tensor,
+    scale: Tensor,
+    out_dtype: torch.dtype = torch.float32,
+    out: Tensor | None = None,
+) -> Tensor:
     """Codes * scale in fp32, rounded once to ``out_dtype``.
 
     Args:
@@ -144,18 +150,45 @@ def dequantize_fp8(codes: Tensor, scale: Tensor, out_dtype: torch.dtype = torch.
         scale: any granularity that :func:`expand_fp8_scale` knows, over [rows, K]; the scales of
             tokens may keep the leading dimensions of the codes.
         out_dtype: of the result.
+        out: fp32, contiguous, [..., K]: where the values go before they are rounded.
 
     Returns:
         [..., K].
     """
-    rows = codes.flatten(0, -2) if codes.dim() > 1 else codes.reshape(1, -1)
+    values = decode_e4m3(codes, out)
+    rows = values.flatten(0, -2) if codes.dim() > 1 else values.unsqueeze(0)
     columns = -(-codes.shape[-1] // FP8_BLOCK)
     if scale.shape == codes.shape[:-1] and codes.dim() != 2:
         scale = scale.reshape(-1)
     elif scale.shape == (*codes.shape[:-1], columns) and codes.dim() != 2:
         scale = scale.reshape(-1, columns)
-    values = decode_e4m3(rows).mul_(expand_fp8_scale(scale.float(), *rows.shape))
-    return values.reshape(codes.shape).to(out_dtype)
+    rows.mul_(expand_fp8_scale(scale.float(), *rows.shape))
+    return values.to(out_dtype)
+
+
+def fp8_weight(codes: Tensor, scale: Tensor) -> CodedWeight:
+    """A weight [N, K] whose rows :func:`dequantize_fp8` gives.
+
+    Args:
+        codes: float8_e4m3fn [N, K].
+        scale: fp32, of any granularity that :func:`expand_fp8_scale` knows for weights.
+    """
+    n, k = codes.shape
+    if scale.dim() == 4:
+        scale = scale[:, 0, :, 0]
+    by_block = scale.dim() == 2 and scale.numel() > 1
+
+    def decode(rows: slice, out: Tensor) -> None:
+        if by_block:
+            # A row of blocks at a time: its scales stay in the cache.
+            decode_e4m3(codes[rows], out)
+            factors = scale.float()[rows.start // FP8_BLOCK :].repeat_interleave(FP8_BLOCK, 1)
+            for block, factor in zip(out.split(FP8_BLOCK), factors[:, :k], strict=False):
+                block.mul_(factor)
+        else:
+            dequantize_fp8(codes[rows], scale[rows] if scale.numel() > 1 else scale, out=out)
+
+    return CodedWeight((n, k), decode)
 
 
 def _amax(x: Tensor) -> Tensor:

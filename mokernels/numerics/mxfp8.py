@@ -8,6 +8,7 @@ from torch import Tensor
 from mokernels.errors import ArgumentError
 from mokernels.formats import E8M0_BIAS, MXFP8_BLOCK
 from mokernels.numerics.elements import decode_e4m3, decode_e8m0, encode_e4m3
+from mokernels.numerics.product import CodedWeight
 
 
 def quantize_mxfp8(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -45,7 +46,10 @@ def quantize_mxfp8_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def dequantize_mxfp8(
-    codes: Tensor, exponents: Tensor, out_dtype: torch.dtype = torch.float32
+    codes: Tensor,
+    exponents: Tensor,
+    out_dtype: torch.dtype = torch.float32,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Code * 2 ** (u - 127) in fp32, rounded once to ``out_dtype``.
 
@@ -53,9 +57,21 @@ def dequantize_mxfp8(
         codes: float8_e4m3fn [..., K].
         exponents: uint8 [..., K / 32].
         out_dtype: of the result [..., K].
+        out: fp32, contiguous, [..., K]: where the values go before they are rounded.
     """
-    values = decode_e4m3(codes).unflatten(-1, (exponents.shape[-1], MXFP8_BLOCK))
-    return values.mul_(decode_e8m0(exponents).unsqueeze(-1)).flatten(-2).to(out_dtype)
+    values = decode_e4m3(codes, out)
+    blocks = values.unflatten(-1, (exponents.shape[-1], MXFP8_BLOCK))
+    blocks.mul_(decode_e8m0(exponents).unsqueeze(-1))
+    return values.to(out_dtype)
+
+
+def mxfp8_weight(codes: Tensor, exponents: Tensor) -> CodedWeight:
+    """A weight [N, K] whose rows :func:`dequantize_mxfp8` gives, from its two tensors."""
+
+    def decode(rows: slice, out: Tensor) -> Tensor:
+        return dequantize_mxfp8(codes[rows], exponents[rows], out=out)
+
+    return CodedWeight((codes.shape[0], codes.shape[1]), decode)
 
 
 def _encode(blocks: Tensor, exponent: Tensor) -> tuple[Tensor, Tensor]:

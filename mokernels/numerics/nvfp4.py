@@ -8,14 +8,14 @@ from torch import Tensor
 from mokernels.errors import ArgumentError
 from mokernels.formats import E2M1_MAX, E4M3_MAX, NVFP4_BLOCK, NVFP4_TINY_SCALE
 from mokernels.numerics.elements import (
-    decode_e2m1,
+    decode_e2m1_pairs,
     decode_e4m3,
     divide,
     encode_e2m1,
     encode_e4m3,
-    in_pieces,
 )
 from mokernels.numerics.packing import pack_nibbles
+from mokernels.numerics.product import CodedWeight
 
 _SMALLEST_GLOBAL_SCALE = 1e-12
 _SMALLEST_BLOCK_SCALE = 2.0**-9
@@ -90,25 +90,38 @@ def dequantize_nvfp4(
     block_scale: Tensor,
     global_scale: Tensor,
     out_dtype: torch.dtype = torch.float32,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Code * (block scale * global scale) in fp32, rounded once to ``out_dtype``.
 
     Args:
         codes: uint8 [..., K / 2].
         block_scale: float8_e4m3fn [..., K / 16].
-        global_scale: fp32 [].
+        global_scale: fp32, of a shape that broadcasts against the block scales.
         out_dtype: of the result [..., K].
+        out: fp32, contiguous, [..., K]: where the values go before they are rounded.
     """
-    values = in_pieces(_unpack, codes, each=2).unflatten(-1, (-1, NVFP4_BLOCK))
+    values = decode_e2m1_pairs(codes, out)
     step = decode_e4m3(block_scale) * global_scale.float()
-    return values.mul_(step.unsqueeze(-1)).flatten(-2).to(out_dtype)
+    values.unflatten(-1, (-1, NVFP4_BLOCK)).mul_(step.unsqueeze(-1))
+    return values.to(out_dtype)
 
 
-def _unpack(codes: Tensor) -> Tensor:
-    """Packed codes [..., K / 2] as fp32 [..., K]."""
-    # Decoded before they are interleaved: compilers vectorise that.
-    halves = [decode_e2m1(codes & 0xF), decode_e2m1(codes >> 4)]
-    return torch.stack(halves, dim=-1).flatten(-2)
+def nvfp4_weight(codes: Tensor, block_scale: Tensor, global_scale: Tensor) -> CodedWeight:
+    """A weight [N, K] whose rows :func:`dequantize_nvfp4` gives.
+
+    Args:
+        codes: uint8 [N, K / 2].
+        block_scale: float8_e4m3fn [N, K / 16].
+        global_scale: fp32, one ([] or [1]) or one for each row ([N]).
+    """
+
+    def decode(rows: slice, out: Tensor) -> Tensor:
+        scale = global_scale.reshape(-1, 1)
+        scale = scale[rows] if len(scale) > 1 else scale
+        return dequantize_nvfp4(codes[rows], block_scale[rows], scale, out=out)
+
+    return CodedWeight((codes.shape[0], 2 * codes.shape[1]), decode)
 
 
 def _blocks(x: Tensor, name: str) -> Tensor:

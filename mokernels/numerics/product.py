@@ -2,38 +2,75 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from mokernels.formats import FP8_BLOCK
 from mokernels.invariance import is_batch_invariant
+
+_PER_THREAD = 2**19  # weights decoded at a time: what a core's cache holds as fp32
+
+
+class CodedWeight(NamedTuple):
+    """A quantized weight of which some rows at a time become fp32.
+
+    Attributes:
+        shape: (N, K).
+        decode: writes the rows of a slice to a contiguous fp32 [rows, K]; a slice begins at a
+            multiple of 128, so that no block of scales is cut.
+    """
+
+    shape: tuple[int, int]
+    decode: Callable[[slice, Tensor], object]
 
 
 def scaled_product(
     a: Tensor,
-    b: Tensor,
+    b: Tensor | CodedWeight,
     bias: Tensor | None,
     out_dtype: torch.dtype = torch.float32,
     scale: Tensor | None = None,
 ) -> Tensor:
     """A @ b.T * scale + bias in fp32, rounded once to ``out_dtype``.
 
-    Inside :func:`mokernels.batch_invariant` each row is multiplied by itself, which takes M passes
-    over the weight.
+    A coded weight is never whole in memory: its rows are decoded into the cache and multiplied from
+    there, which takes a fraction of the time of writing and reading an fp32 weight. Inside
+    :func:`mokernels.batch_invariant` each row of the activations is multiplied by itself.
 
     Args:
         a: dequantized activations, fp32 [..., K].
-        b: dequantized weight, fp32 [N, K].
+        b: dequantized weight, fp32 [N, K], or a quantized one.
         bias: [N] or None, any float dtype; added in fp32.
         out_dtype: of the result [..., N].
         scale: fp32 [] that multiplies the sums, or None for 1.
     """
-    product = _product_by_rows(a, b) if is_batch_invariant() else linear(a, b)
+    multiply = _product_by_rows if is_batch_invariant() else linear
+    product = _coded_product(multiply, a, b) if isinstance(b, CodedWeight) else multiply(a, b)
     if scale is not None:
         product = product * scale
     if bias is not None:
         product = product + bias.float()
     return product.to(out_dtype)
+
+
+def _coded_product(
+    multiply: Callable[[Tensor, Tensor], Tensor], a: Tensor, b: CodedWeight
+) -> Tensor:
+    n, k = b.shape
+    at_a_time = _PER_THREAD * max(2, torch.get_num_threads()) // max(k, 1)
+    at_a_time = min(n, max(1, at_a_time // FP8_BLOCK) * FP8_BLOCK)
+    product = a.new_empty((*a.shape[:-1], n))
+    decoded = a.new_empty((at_a_time, k))
+    for start in range(0, n, max(at_a_time, 1)):
+        rows = slice(start, min(start + at_a_time, n))
+        weight = decoded[: rows.stop - start]
+        b.decode(rows, weight)
+        product[..., rows] = multiply(a, weight)
+    return product
 
 
 def _product_by_rows(a: Tensor, b: Tensor) -> Tensor:

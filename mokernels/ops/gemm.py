@@ -80,7 +80,7 @@ def _fp8_gemm(
     fast_accum: bool = False,
     plan_n: int = 0,
 ) -> Tensor:
-    x, weight = numerics.dequantize_fp8(a, scale_a), numerics.dequantize_fp8(b, scale_b)
+    x, weight = numerics.dequantize_fp8(a, scale_a), numerics.fp8_weight(b, scale_b)
     return numerics.scaled_product(x, weight, bias, out_dtype_of("fp8_gemm", out_dtype))
 
 
@@ -117,14 +117,8 @@ def _nvfp4_gemm(
     plan_n: int = 0,
 ) -> Tensor:
     x = numerics.dequantize_nvfp4(a, scale_a, global_scale_a.reshape(()))
-    weight = dequantize_nvfp4_rows(b, scale_b, global_scale_b)
+    weight = numerics.nvfp4_weight(b, scale_b, global_scale_b)
     return numerics.scaled_product(x, weight, bias, out_dtype_of("nvfp4_gemm", out_dtype))
-
-
-def dequantize_nvfp4_rows(codes: Tensor, scale: Tensor, global_scale: Tensor) -> Tensor:
-    """An NVFP4 weight, fp32 [N, K], with one global scale ([] or [1]) or one for each row ([N])."""
-    by_rows = global_scale.reshape(-1, 1) if global_scale.dim() else global_scale
-    return numerics.dequantize_nvfp4(codes, scale, by_rows)
 
 
 def _check_mxfp8_gemm(
@@ -154,7 +148,7 @@ def _mxfp8_gemm(
     out_dtype: str = "bfloat16",
     plan_n: int = 0,
 ) -> Tensor:
-    x, weight = numerics.dequantize_mxfp8(a, scale_a), numerics.dequantize_mxfp8(b, scale_b)
+    x, weight = numerics.dequantize_mxfp8(a, scale_a), numerics.mxfp8_weight(b, scale_b)
     return numerics.scaled_product(x, weight, bias, out_dtype_of("mxfp8_gemm", out_dtype))
 
 
@@ -169,7 +163,7 @@ def _check_fp8_weight_only(
 def _fp8_weight_only_gemm(
     x: Tensor, b: Tensor, scale_b: Tensor, bias: Tensor | None = None, plan_n: int = 0
 ) -> Tensor:
-    weight = numerics.dequantize_fp8(b, scale_b)
+    weight = numerics.fp8_weight(b, scale_b)
     return numerics.scaled_product(x.float(), weight, bias, x.dtype)
 
 
@@ -203,7 +197,7 @@ def _nvfp4_weight_only_gemm(
     out_dtype: str | None = None,
 ) -> Tensor:
     dtype = dtype_or("nvfp4_weight_only_gemm", out_dtype, x.dtype)
-    weight = dequantize_nvfp4_rows(b, scale_b, global_scale_b)
+    weight = numerics.nvfp4_weight(b, scale_b, global_scale_b)
     return numerics.scaled_product(x.float(), weight, bias, dtype, global_scale_a)
 
 
@@ -230,7 +224,7 @@ def _mxfp8_weight_only_gemm(
     out_dtype: str | None = None,
 ) -> Tensor:
     dtype = dtype_or("mxfp8_weight_only_gemm", out_dtype, x.dtype)
-    return numerics.scaled_product(x.float(), numerics.dequantize_mxfp8(b, scale_b), bias, dtype)
+    return numerics.scaled_product(x.float(), numerics.mxfp8_weight(b, scale_b), bias, dtype)
 
 
 def fake_product(x: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:

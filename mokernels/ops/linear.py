@@ -35,7 +35,7 @@ from mokernels.ops.checks import (
     check_nvfp4_weight,
     check_scalar,
 )
-from mokernels.ops.gemm import dequantize_nvfp4_rows, fake_product
+from mokernels.ops.gemm import fake_product
 from mokernels.ops.registry import LIBRARY, NAMESPACE, operator, register
 
 
@@ -76,7 +76,7 @@ def _fp8_linear(
     codes = numerics.quantize_fp8(x, input_multiplier)
     return numerics.scaled_product(
         numerics.dequantize_fp8(codes, input_scale),
-        numerics.dequantize_fp8(weight, weight_scale),
+        numerics.fp8_weight(weight, weight_scale),
         bias,
         x.dtype,
     )
@@ -93,7 +93,7 @@ def _fp8_per_token_linear(
 ) -> Tensor:
     return numerics.scaled_product(
         numerics.dequantize_fp8(*numerics.quantize_fp8_per_token(x)),
-        numerics.dequantize_fp8(weight, weight_scale),
+        numerics.fp8_weight(weight, weight_scale),
         bias,
         x.dtype,
     )
@@ -110,7 +110,7 @@ def _fp8_block_linear(
 ) -> Tensor:
     return numerics.scaled_product(
         numerics.dequantize_fp8(*numerics.quantize_fp8_per_block(x)),
-        numerics.dequantize_fp8(weight, weight_scale),
+        numerics.fp8_weight(weight, weight_scale),
         bias,
         x.dtype,
     )
@@ -144,7 +144,7 @@ def _nvfp4_linear(
     input_scale = input_scale.reshape(())
     return numerics.scaled_product(
         numerics.dequantize_nvfp4(*numerics.quantize_nvfp4(x, input_scale), input_scale),
-        dequantize_nvfp4_rows(weight, weight_scale, weight_scale_2),
+        numerics.nvfp4_weight(weight, weight_scale, weight_scale_2),
         bias,
         x.dtype,
     )
@@ -164,7 +164,7 @@ def _mxfp8_linear(
 ) -> Tensor:
     return numerics.scaled_product(
         numerics.dequantize_mxfp8(*numerics.quantize_mxfp8(x)),
-        numerics.dequantize_mxfp8(weight, weight_scale),
+        numerics.mxfp8_weight(weight, weight_scale),
         bias,
         x.dtype,
     )

@@ -42,8 +42,6 @@ def _settings(monkeypatch):
     torch._dynamo.reset()
     pass_for.cache_clear()
     monkeypatch.setattr(fusion, "PASSES", [])
-    # Products stay operators: there is nothing to decode for Inductor, and no C++ to compile.
-    monkeypatch.setattr(fusion, "expand_products", lambda graph: [])
     with inductor_config.patch(
         {HOOK: None, "force_disable_caches": True, "emulate_precision_casts": True}
     ):

@@ -66,7 +66,7 @@ def test_one_quantization_serves_all_projections_and_no_bit_changes(format, hook
 
 
 @pytest.mark.parametrize("inside", [False, True])
-def test_batch_invariant_products_stay_operators(inside, hook):
+def test_compiled_products_are_those_of_the_mode(inside, hook):
     torch._dynamo.reset()
     torch.manual_seed(0)
     stored = quantized_tensors("FP8", torch.randn(K, K).bfloat16())
@@ -81,9 +81,6 @@ def test_batch_invariant_products_stay_operators(inside, hook):
         assert torch.equal(y, layer(x))
         if inside:
             assert all(torch.equal(y[row : row + 1], layer(x[row : row + 1])) for row in range(17))
-    (report,) = ours.reports
-    expanded = [rewrite for rewrite in report.rewrites if rewrite.operator == "mm in fp32"]
-    assert bool(expanded) != inside
 
 
 def test_batch_invariance_entered_inside_breaks_the_graph_and_holds():

@@ -81,7 +81,7 @@ def test_compiled_training_has_the_gradients_of_eager(tmp_path, format):
         assert_same_bits(found[name], gradient)
     forward, backward = checked.operators
     products = [name for name in forward if name.endswith(("_gemm", "_linear"))]
-    assert len(products) + checked.report.count("weight decoded by Inductor") == 7
+    assert len(products) == 7
     # Nothing before q, k and v trains: no gradient goes through them.
     assert backward == [DEQUANTIZE[format]] * 4
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
