@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 
 import torch
@@ -13,7 +14,9 @@ from mokernels.formats import E4M3_MAX, E8M0_NAN
 # wins: a value that equals a bound belongs below it when the lower code is even, above it when the
 # lower code is odd.
 _E2M1_BOUNDS = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
-_PIECE = 2**18  # in cache, and enough for eight threads
+_SCRATCH = threading.local()
+_KEPT = 2**22  # elements of a scratch tensor that is kept, at most
+_PIECE = 2**20  # elements decoded at a time
 
 
 def divide(x: Tensor, value: float) -> Tensor:
@@ -54,8 +57,9 @@ def decode_e4m3(codes: Tensor, out: Tensor | None = None) -> Tensor:
 def _decode_e4m3(codes: Tensor, values: Tensor) -> None:
     """Sign and magnitude moved to their places in an fp16, which makes code * 2 ** -8."""
     # The sign is extended to the high byte, and its copy in the exponent's highest bit removed.
-    bits = codes.view(torch.int8).to(torch.int16).bitwise_left_shift_(7)
-    values.copy_(bits.bitwise_and_(~0x4000).view(torch.float16)).mul_(2.0**8)
+    bits = scratch("halves", torch.int16, codes.numel(), codes.device)
+    bits.copy_(codes.view(torch.int8)).bitwise_left_shift_(7).bitwise_and_(~0x4000)
+    values.copy_(bits.view(torch.float16)).mul_(2.0**8)
     # Bytes 0x7F and 0xFF, which came out as +-480.
     if codes.view(torch.int8).max() == 0x7F or codes.view(torch.uint8).max() == 0xFF:
         values.masked_fill_(values.abs() == 480.0, torch.nan)
@@ -102,9 +106,12 @@ def _decode_e2m1_pairs(packed: Tensor, values: Tensor) -> None:
     A byte becomes the two fp16 of a 32-bit word. The high nibble is moved to the word's high half,
     which machines that begin a word with its low byte read second, as it is wanted.
     """
-    words = packed.to(torch.int32)
-    words.bitwise_or_(words.bitwise_left_shift(12))
-    signs = words.bitwise_and(0x0008_0008).bitwise_left_shift_(12)
+    words, signs = (
+        scratch(name, torch.int32, packed.numel(), packed.device) for name in ("halves", "signs")
+    )
+    words.copy_(packed)
+    words.bitwise_or_(torch.bitwise_left_shift(words, 12, out=signs))
+    torch.bitwise_and(words, 0x0008_0008, out=signs).bitwise_left_shift_(12)
     words.bitwise_and_(0x0007_0007).bitwise_left_shift_(9).bitwise_or_(signs)
     values.copy_(words.view(torch.float16)).mul_(2.0**14)
 
@@ -115,6 +122,23 @@ def decode_e8m0(exponents: Tensor) -> Tensor:
     # fp32's own exponents, but for the smallest, which is subnormal, and the largest.
     values = torch.where(exponents == 0, 1 << 22, bits).view(torch.float32)
     return torch.where(exponents == E8M0_NAN, torch.nan, values)
+
+
+def scratch(name: str, dtype: torch.dtype, numel: int, device: torch.device) -> Tensor:
+    """Memory of this thread that is used again, [numel] and uninitialised.
+
+    Fresh pages take the system longer to give than a piece takes to decode. What one call returned
+    is gone with the next call of the same name and dtype.
+    """
+    if device.type != "cpu" or numel > _KEPT:
+        return torch.empty(numel, dtype=dtype, device=device)
+    kept: Tensor | None = getattr(_SCRATCH, f"{name}_{dtype}", None)
+    if kept is None or kept.numel() < numel:
+        # Tensors of inference mode could not be written outside of it.
+        with torch.inference_mode(False):
+            kept = torch.empty(numel, dtype=dtype)
+        setattr(_SCRATCH, f"{name}_{dtype}", kept)
+    return kept[:numel]
 
 
 def _in_pieces(

@@ -11,6 +11,7 @@ from torch.nn.functional import linear
 
 from mokernels.formats import FP8_BLOCK
 from mokernels.invariance import is_batch_invariant
+from mokernels.numerics.elements import scratch
 
 _PER_THREAD = 2**19  # weights decoded at a time: what a core's cache holds as fp32
 
@@ -64,7 +65,7 @@ def _coded_product(
     at_a_time = _PER_THREAD * max(2, torch.get_num_threads()) // max(k, 1)
     at_a_time = min(n, max(1, at_a_time // FP8_BLOCK) * FP8_BLOCK)
     product = a.new_empty((*a.shape[:-1], n))
-    decoded = a.new_empty((at_a_time, k))
+    decoded = scratch("rows", torch.float32, at_a_time * k, a.device).view(at_a_time, k)
     for start in range(0, n, max(at_a_time, 1)):
         rows = slice(start, min(start + at_a_time, n))
         weight = decoded[: rows.stop - start]

@@ -89,9 +89,9 @@ def test_compiled_ahead_of_time_all_formats_have_the_bits_of_eager(fuses, tmp_pa
     assert [{name for name, _ in graph.calls} for graph in graphs] == [CALLED] * fuses
 
 
-# What the pass leaves of the layers: the first of each pair quantizes an input of the graph, in its
-# GEMM; the second what Inductor computes, which it quantizes itself for FP8 alone, and not in blocks
-# of 128, of which these rows of 64 do not fill one.
+# What the pass leaves of the layers: the first of each pair quantizes an input of the graph, in
+# its GEMM; the second what Inductor computes, which it quantizes itself for FP8 alone, and not in
+# blocks of 128, of which these rows of 64 do not fill one.
 CALLED = {
     *("fp8_linear", "fp8_per_token_linear", "fp8_block_linear", "nvfp4_linear", "mxfp8_linear"),
     *("fp8_weight_only_gemm", "nvfp4_weight_only_gemm", "mxfp8_weight_only_gemm"),
