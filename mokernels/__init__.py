@@ -7,6 +7,8 @@ load ModelOpt checkpoints. It imports neither transformers nor triton, and asks 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import mokernels.ops as _ops  # noqa: F401  (registers the operators)
@@ -15,6 +17,7 @@ from mokernels.checkpoint.load import load_into
 from mokernels.errors import (
     ArgumentError,
     BackendError,
+    CalibrationError,
     CheckpointError,
     Finding,
     MissingDependencyError,
@@ -33,6 +36,7 @@ __version__ = "0.1.0"
 __all__ = [
     "ArgumentError",
     "BackendError",
+    "CalibrationError",
     "CheckpointError",
     "Finding",
     "MissingDependencyError",
@@ -42,9 +46,11 @@ __all__ = [
     "batch_invariant",
     "check",
     "explain",
+    "export",
     "from_pretrained",
     "generate",
     "load_into",
+    "quantize",
     "release",
 ]
 
@@ -84,6 +90,104 @@ def release(model: Any) -> None:
     from mokernels.hf.decoding import release as free
 
     free(model)
+
+
+def quantize(
+    model: Any,
+    config: str | Mapping[str, Any],
+    forward_loop: Any = None,
+    *,
+    exclude: Iterable[str] = (),
+    kv_cache: str | None = None,
+    observer: str | Mapping[str, Any] = "max",
+    unseen: str | float = "error",
+    resume: str | os.PathLike[str] | None = None,
+    out_dir: str | os.PathLike[str] | None = None,
+    progress: Any = True,
+) -> Any:
+    """Quantize a model in place, as ``mtq.quantize`` of ModelOpt does; it runs the real kernels.
+
+    Everything that could make hours of calibration worthless is tried before: names, shapes,
+    divisibility, weights, and with ``out_dir`` the disk. The model is changed once calibration has
+    succeeded, one layer after the other.
+
+    Args:
+        model: of transformers, or any module with ``nn.Linear`` layers; also one whose layers
+            accelerate keeps on the CPU or the disk (``device_map``).
+        config: the name of a format ("FP8", "NVFP4", "MXFP8", "FP8_PER_CHANNEL_PER_TOKEN",
+            "FP8_PB_WO"); patterns of module names with the format of each (the last that matches
+            counts; None leaves a layer plain); or a configuration of ModelOpt's, such as
+            ``mtq.NVFP4_DEFAULT_CFG``.
+        forward_loop: for formats with calibrated activations (FP8, NVFP4) and KV caches: a function
+            that is given the model and calls it on your data, or batches: dictionaries of
+            arguments, tensors of ids [B, T], lists of ids; see :func:`mokernels.calibration.text`.
+        exclude: patterns of module names that stay plain. ModelOpt's own exclusions (output
+            layers, routers, vision towers, ...) hold besides.
+        kv_cache: "FP8" or "NVFP4" to calibrate and store scales of the KV cache.
+        observer: "max"; "percentile" or ``{"percentile": 99.9}``; "mse", the amax with the least
+            squared error. Of activations; weights always go by their largest magnitude.
+        unseen: what to do about layers that saw no data: "error" names them, "max" takes the
+            largest amax of the same projection elsewhere, a number is their amax.
+        resume: a file that keeps what calibration has seen; a run that was interrupted goes on from
+            it. Only with batches.
+        out_dir: where you will export to, to be checked now.
+        progress: whether to show progress bars.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        ArgumentError: an argument is wrong, or the model cannot be quantized so.
+        CalibrationError: no data, NaN, or a layer that saw none.
+    """
+    from mokernels.hf.quantize import quantize as run
+
+    return run(
+        model,
+        config,
+        forward_loop,
+        exclude=exclude,
+        kv_cache=kv_cache,
+        observer=observer,
+        unseen=unseen,
+        resume=resume,
+        out_dir=out_dir,
+        progress=progress,
+    )
+
+
+def export(
+    model: Any,
+    out_dir: str | os.PathLike[str],
+    *,
+    tokenizer: Any = None,
+    max_shard_size: int | str = "10GB",
+    reload: bool = True,
+) -> Path:
+    """Write what :func:`quantize` made as a checkpoint of ModelOpt's, to the byte.
+
+    vLLM, SGLang, TensorRT-LLM and mokernels load it. The folder appears only when it is complete,
+    audited and, with ``reload``, loaded again and found to give the model's own logits.
+
+    Args:
+        model: a quantized model of transformers.
+        out_dir: to create; its parent has to exist.
+        tokenizer: its files are written too; by default those of the folder that the model was
+            loaded from.
+        max_shard_size: as in transformers' ``save_pretrained``.
+        reload: whether to load the checkpoint and compare; it takes the memory of a second model.
+
+    Returns:
+        The folder. Beside ModelOpt's files it holds ``mokernels_report.json``.
+
+    Raises:
+        ArgumentError: the model is no quantized one of transformers.
+        CheckpointError: the folder exists and is not empty, or the audit found errors.
+        OSError: the disk is full, ...
+    """
+    from mokernels.hf.export import export as run
+
+    return run(model, out_dir, tokenizer=tokenizer, max_shard_size=max_shard_size, reload=reload)
 
 
 def __getattr__(name: str) -> Any:

@@ -21,6 +21,10 @@ class BackendError(MokernelsError, RuntimeError):
     """No kernel can run this call on this device; the message says which devices can."""
 
 
+class CalibrationError(MokernelsError, ValueError):
+    """Calibration cannot give every layer a scale: no data, NaN, or a layer that saw none."""
+
+
 class MissingDependencyError(MokernelsError, ImportError):
     """An optional package is needed for what was asked; the message says how to install it."""
 

@@ -17,6 +17,8 @@ ROOMS = [
     "compile",
     "layers",
     "checkpoint",
+    "calibration",
+    "ptq",
     "hf",
     "demo",
     "cli",

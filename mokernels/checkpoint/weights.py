@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mokernels.errors import ArgumentError
-from mokernels.formats import Format
+from mokernels.formats import Format, Granularity
 from mokernels.numerics import (
     quantize_fp8_block_weight,
     quantize_fp8_channel_weight,
@@ -31,6 +31,7 @@ def quantize_weight(
     *,
     input_scale: Tensor | float | None = None,
     weight_scale_2: Tensor | None = None,
+    weight_amax: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Quantize a weight as ModelOpt's export does.
 
@@ -41,6 +42,7 @@ def quantize_weight(
             quantizes activations per token.
         weight_scale_2: fp32 [], for NVFP4: the scale of all blocks, from the weight itself when
             None. Layers that are fused when served (q/k/v, gate/up) share the largest.
+        weight_amax: fp32 [], for FP8_PB_WO: every block's amax, its own when None.
 
     Returns:
         Leaf -> tensor, in the checkpoint's dtypes and shapes, on the weight's device.
@@ -57,7 +59,13 @@ def quantize_weight(
         codes, block_scale, second = quantize_nvfp4_weight(weight, weight_scale_2)
         stored = {"weight": codes, "weight_scale": block_scale, "weight_scale_2": second}
     else:
-        codes, weight_scale = _QUANTIZERS[format.name](weight)
+        quantizer = _QUANTIZERS[format.name]
+        if weight_amax is None:
+            codes, weight_scale = quantizer(weight)
+        elif format.granularity is Granularity.BLOCK:
+            codes, weight_scale = quantize_fp8_block_weight(weight, weight_amax)
+        else:
+            raise ArgumentError(f"{format.name} takes no weight_amax; leave it out.")
         stored = {"weight": codes, "weight_scale": weight_scale}
     if scale is not None:
         stored["input_scale"] = scale.to(weight.device)

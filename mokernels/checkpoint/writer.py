@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import os
-import secrets
-import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
 from torch import Tensor
 
+from mokernels.checkpoint.atomic import new_folder, sync_file, write_bytes, write_json
 from mokernels.checkpoint.audit import check
 from mokernels.checkpoint.config import CONFIG_FILE, QUANT_CONFIG_FILE
 from mokernels.checkpoint.files import is_plain_name
 from mokernels.checkpoint.layout import flat_layout, nested_layout
 from mokernels.checkpoint.reader import INDEX_FILE, SINGLE_FILE
-from mokernels.errors import ArgumentError, CheckpointError, Finding
+from mokernels.errors import ArgumentError, CheckpointError
 from mokernels.formats import Format
 
 SHARD_BYTES = 5_000_000_000
@@ -66,51 +63,20 @@ def write_checkpoint(
         OSError: the disk is full, the parent does not exist, ...
     """
     target = Path(folder)
-    _refuse_occupied(target)
-    with _partial_folder(target) as partial:
+    with new_folder(target) as partial:
         shards = _write_shards(partial, tensors, max_shard_size)
         names = [name for _, sizes in shards for name in sizes]
         static = any(name.endswith(".input_scale") for name in names)
         _name_shards(partial, shards)
         section = flat_layout(format, exclude, kv_cache, static=static)
         plain = {key: value for key, value in config.items() if key != "quantization_config"}
-        _write_json(partial, CONFIG_FILE, {**plain, "quantization_config": section})
-        _write_json(partial, QUANT_CONFIG_FILE, nested_layout(format, exclude, kv_cache))
+        write_json(partial, CONFIG_FILE, {**plain, "quantization_config": section})
+        write_json(partial, QUANT_CONFIG_FILE, nested_layout(format, exclude, kv_cache))
         for name, data in (extra_files or {}).items():
             _write_extra(partial, name, data)
         if verify:
             _verify(partial, target)
-        _sync_folder(partial)
-        os.rename(partial, target)
-    _sync_folder(target.parent)
     return target
-
-
-def _refuse_occupied(target: Path) -> None:
-    if os.path.lexists(target) and not (target.is_dir() and not any(target.iterdir())):
-        raise CheckpointError(
-            target,
-            [
-                Finding(
-                    "folder-occupied",
-                    "the folder to write exists already",
-                    found="files in it" if target.is_dir() else "a file",
-                    wanted="no such folder, or an empty one",
-                    remedy="Choose another name, or remove the folder; nothing is overwritten.",
-                )
-            ],
-        )
-
-
-@contextmanager
-def _partial_folder(target: Path) -> Iterator[Path]:
-    """A new folder beside ``target``; removed if it is still there in the end."""
-    partial = target.absolute().parent / f".{target.name}.{secrets.token_hex(4)}.partial"
-    partial.mkdir()
-    try:
-        yield partial
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _write_shards(
@@ -128,7 +94,7 @@ def _write_shards(
         seen |= shard.keys()
         path = folder / f"{len(shards)}.safetensors"
         save_file(shard, path, metadata=_METADATA)
-        _sync_file(path)
+        sync_file(path)
         shards.append((path, {name: tensor.nbytes for name, tensor in shard.items()}))
     return shards
 
@@ -160,11 +126,7 @@ def _name_shards(folder: Path, shards: Sequence[tuple[Path, dict[str, int]]]) ->
         places |= dict.fromkeys(sizes, name)
     total = sum(sum(sizes.values()) for _, sizes in shards)
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
-    _write_json(folder, INDEX_FILE, index)
-
-
-def _write_json(folder: Path, name: str, value: Mapping[str, Any]) -> None:
-    _write_bytes(folder / name, json.dumps(value, indent=4).encode())
+    write_json(folder, INDEX_FILE, index)
 
 
 def _write_extra(folder: Path, name: str, data: bytes) -> None:
@@ -173,28 +135,7 @@ def _write_extra(folder: Path, name: str, data: bytes) -> None:
             f"extra_files has the name {name!r}, wanted the plain name of a file that is not part "
             "of the checkpoint itself."
         )
-    _write_bytes(folder / name, data)
-
-
-def _write_bytes(path: Path, data: bytes) -> None:
-    with path.open("xb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_file(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _sync_folder(folder: Path) -> None:
-    # Opening a folder works on POSIX alone; elsewhere renames are not synced one by one.
-    if os.name == "posix":
-        _sync_file(folder)
+    write_bytes(folder / name, data)
 
 
 def _verify(partial: Path, target: Path) -> None:

@@ -89,8 +89,13 @@ def quantize_fp8_channel_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     return encode_e4m3(weight.float() / scale.unsqueeze(-1)), scale
 
 
-def quantize_fp8_block_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_fp8_block_weight(weight: Tensor, amax: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """ModelOpt's FP8_PB_WO export of a weight [N, K].
+
+    Args:
+        weight: [N, K].
+        amax: fp32 [], for every block; each block's own by default. ModelOpt shares it between
+            layers of one input whose weight fits one block.
 
     Returns:
         Codes [N, K] and scales fp32 [ceil(N / 128), 1, ceil(K / 128), 1] (of no dimension when the
@@ -99,7 +104,8 @@ def quantize_fp8_block_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     n, k = weight.shape
     padded = pad(weight.float(), (0, -k % FP8_BLOCK, 0, -n % FP8_BLOCK))
     blocks = padded.unflatten(1, (-1, FP8_BLOCK)).unflatten(0, (-1, FP8_BLOCK))
-    scale = _positive_scale(blocks.abs().amax(dim=(1, 3)))
+    own = blocks.abs().amax(dim=(1, 3))
+    scale = _positive_scale(own if amax is None else amax.expand_as(own))
     codes = encode_e4m3(weight.float() / expand_fp8_scale(scale, n, k))
     return codes, scale.reshape(()) if scale.numel() == 1 else scale[:, None, :, None]
 

@@ -1,0 +1,136 @@
+"""``mokernels.export``: a quantized model of transformers as a checkpoint folder of ModelOpt's."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from mokernels.checkpoint.atomic import new_folder, write_json
+from mokernels.checkpoint.audit import check
+from mokernels.checkpoint.config import CONFIG_FILE, QUANT_CONFIG_FILE
+from mokernels.checkpoint.layout import nested_layout
+from mokernels.errors import ArgumentError, CheckpointError, MokernelsError
+from mokernels.hf.load import from_pretrained
+from mokernels.hf.quantize import adopt, written_config
+from mokernels.ptq.model import Quantization, quantization_of
+from mokernels.ptq.report import REPORT_FILE, Reload, write_report
+
+_PROBE = (1, 16)
+"""Rows and tokens with which a reloaded model is compared to the one that was exported."""
+
+
+def export(
+    model: nn.Module,
+    out_dir: str | os.PathLike[str],
+    *,
+    tokenizer: Any = None,
+    max_shard_size: int | str = "10GB",
+    reload: bool = True,
+) -> Path:
+    """Write a checkpoint; see :func:`mokernels.export`."""
+    record = _record(model)
+    with new_folder(Path(out_dir)) as partial:
+        with _kept_config(model):
+            adopt(model, record)
+            model.save_pretrained(partial, max_shard_size=max_shard_size)  # type: ignore[operator]
+        _write_config(partial, record)
+        (row,) = record.formats
+        write_json(partial, QUANT_CONFIG_FILE, nested_layout(row, record.exclude, record.kv_cache))
+        _write_tokenizer(model, tokenizer, partial)
+        errors = check(partial, values="scales").errors
+        if errors:
+            raise CheckpointError(out_dir, errors)
+        reloaded = _reload(model, partial) if reload else None
+        write_report(partial / REPORT_FILE, record, reloaded)
+    return Path(out_dir)
+
+
+def _write_config(folder: Path, record: Quantization) -> None:
+    """Write config.json anew as ModelOpt does, to the byte: its section last, in its own order."""
+    path = folder / CONFIG_FILE
+    config = json.loads(path.read_text())
+    path.unlink()
+    del config["quantization_config"]
+    write_json(folder, CONFIG_FILE, {**config, "quantization_config": written_config(record)})
+
+
+def _record(model: nn.Module) -> Quantization:
+    record = quantization_of(model)
+    if not isinstance(model, PreTrainedModel):
+        raise ArgumentError(
+            f"export was given a {type(model).__name__}, wanted a model of transformers. Write "
+            "other models with mokernels.checkpoint.write_checkpoint."
+        )
+    if record is None:
+        raise ArgumentError(
+            "export was given a model that mokernels.quantize has not quantized in this process. "
+            "Quantize it first; a model that was loaded quantized is saved by its save_pretrained."
+        )
+    return record
+
+
+@contextmanager
+def _kept_config(model: Any) -> Iterator[None]:
+    """Generation settings that transformers refuses to save are mended for the export alone."""
+    kept = model.generation_config
+    try:
+        if kept is not None:
+            model.generation_config = _savable(kept)
+        yield
+    finally:
+        model.generation_config = kept
+
+
+def _savable(generation: Any) -> Any:
+    """Sampling parameters say that there is sampling; some models are published without."""
+    mended = copy.deepcopy(generation)
+    try:
+        mended.validate(strict=True)
+    except ValueError:
+        mended.do_sample = True
+    return mended
+
+
+def _write_tokenizer(model: Any, tokenizer: Any, folder: Path) -> None:
+    """The tokenizer that was given, or the one that lies beside the original model."""
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+        return
+    source = getattr(model.config, "name_or_path", "") or ""
+    if Path(source).is_dir() and any(Path(source).glob("tokenizer*")):
+        from transformers import AutoTokenizer
+
+        AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+
+
+def _reload(model: Any, folder: Path) -> Reload:
+    """Load what was written, and compare its logits with the model's."""
+    vocabulary = int(model.config.get_text_config().vocab_size)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, vocabulary, _PROBE, generator=generator).to(model.device)
+    again = from_pretrained(folder, dtype=model.dtype, device_map=str(model.device))
+    expected, found = _logits(model, ids), _logits(again, ids)
+    equal = torch.equal(found, expected)
+    difference = float((found.float() - expected.float()).abs().max())
+    if not equal:
+        raise MokernelsError(
+            f"The checkpoint in {str(folder)!r} does not give the quantized model's logits when it "
+            f"is loaded again: they differ by up to {difference:.3g}. Nothing was written. This is "
+            "a fault of mokernels' or of the model's own code; please report it."
+        )
+    return Reload(ids.numel(), equal, difference)
+
+
+def _logits(model: Any, ids: Tensor) -> Tensor:
+    with torch.no_grad():
+        logits: Tensor = model(input_ids=ids, use_cache=False).logits
+    return logits

@@ -1,0 +1,82 @@
+"""``mokernels.quantize`` for models of transformers."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from mokernels.calibration.loop import ForwardLoop, Progress
+from mokernels.checkpoint.layout import flat_layout
+from mokernels.hf import quantizer
+from mokernels.hf.keys_values import watch_keys_and_values
+from mokernels.hf.quantizer import ModelOptConfig, ModelOptQuantizer, untie
+from mokernels.ptq.model import Quantization, quantize_model
+
+Steps = Callable[[str], AbstractContextManager[Progress]]
+
+
+def quantize(
+    model: nn.Module,
+    config: str | Mapping[str, Any],
+    forward_loop: ForwardLoop | None = None,
+    *,
+    exclude: Iterable[str] = (),
+    kv_cache: str | None = None,
+    observer: str | Mapping[str, Any] = "max",
+    unseen: str | float = "error",
+    resume: str | os.PathLike[str] | None = None,
+    out_dir: str | os.PathLike[str] | None = None,
+    progress: bool | Steps = True,
+) -> nn.Module:
+    """Quantize a model in place; see :func:`mokernels.quantize`."""
+    steps = progress if callable(progress) else (_bars if progress else None)
+    record = quantize_model(
+        model,
+        config,
+        forward_loop,
+        exclude=exclude,
+        kv_cache=kv_cache,
+        observer=observer,
+        unseen=unseen,
+        resume=resume,
+        out_dir=out_dir,
+        progress=steps,
+        watch_kv=watch_keys_and_values if isinstance(model, PreTrainedModel) else None,
+    )
+    if isinstance(model, PreTrainedModel):
+        adopt(model, record)
+    return model
+
+
+def adopt(model: Any, record: Quantization) -> None:
+    """Make a model of transformers look as if its checkpoint had been loaded."""
+    quantizer.register()
+    config = ModelOptConfig(**written_config(record))
+    model.config.quantization_config = config
+    model.hf_quantizer = ModelOptQuantizer(config, pre_quantized=True)
+    untie(model, set(record.layers))
+
+
+def written_config(record: Quantization) -> dict[str, Any]:
+    """``quantization_config`` of config.json."""
+    (row,) = record.formats
+    return flat_layout(row, record.exclude, record.kv_cache, static=bool(record.amax))
+
+
+@contextmanager
+def _bars(step: str) -> Iterator[Progress]:
+    """A progress bar with the time that is left."""
+    with tqdm(desc=step, dynamic_ncols=True) as bar:
+
+        def advance(done: int, total: int | None) -> None:
+            if bar.total != total:
+                bar.reset(total)
+            bar.update(done - bar.n)
+
+        yield advance

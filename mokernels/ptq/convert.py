@@ -1,0 +1,157 @@
+"""From float layers with known amax to quantized layers that run the real kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mokernels.checkpoint.weights import quantize_weight
+from mokernels.formats import E2M1_MAX, E4M3_MAX, FP8_BLOCK, Activation, Format, Granularity
+from mokernels.layers import QuantizedLinear, StoredSpec, make_layer
+from mokernels.layers.siblings import NAMES
+from mokernels.numerics.elements import divide
+from mokernels.ptq.offload import keep_offloaded, resident
+
+_DIVISORS: Mapping[Activation, float] = {
+    Activation.FP8_STATIC: E4M3_MAX,
+    Activation.NVFP4: E2M1_MAX * E4M3_MAX,
+}
+"""input_scale = amax / divisor, for the activations that are calibrated."""
+
+
+def is_calibrated(format: Format) -> bool:
+    """Whether layers of a format store a scale of their activations."""
+    return format.activation in _DIVISORS
+
+
+def input_scale(format: Format, amax: float) -> Tensor:
+    """The stored activation scale of an amax, fp32 [].
+
+    An amax of 0 (only zeros were seen) counts as 448 for FP8 and 6 for NVFP4, as in ModelOpt.
+    """
+    largest = E2M1_MAX if format.activation is Activation.NVFP4 else E4M3_MAX
+    return divide(torch.tensor(amax or largest), _DIVISORS[format.activation])
+
+
+def convert_layers(
+    model: nn.Module,
+    chosen: Mapping[str, Format],
+    amax: Mapping[str, float],
+    groups: Sequence[Sequence[str]],
+    progress: Callable[[int, int | None], None] | None = None,
+) -> dict[str, float]:
+    """Replace layers in place, one after the other.
+
+    Args:
+        model: whose layers are replaced.
+        chosen: format by name, in the order to go by.
+        amax: of the inputs, by name, for the formats that need it.
+        groups: names of layers that share an input; see :func:`fused_groups`.
+        progress: called with the number of layers done and their total.
+
+    Returns:
+        Signal to quantization noise of each weight in dB, by name; infinite where it is exact.
+    """
+    shared = {name: tuple(group) for group in groups for name in group}
+    noise: dict[str, float] = {}
+    scales: dict[tuple[str, ...], Tensor] = {}
+    for done, (name, row) in enumerate(chosen.items(), start=1):
+        group = shared.get(name, (name,))
+        group = tuple(other for other in group if chosen.get(other) is row)
+        if group not in scales and len(group) > 1 and _shares_weight_scale(model, row, group):
+            scales[group] = _largest_amax(model, group)
+        largest = max((amax[other] for other in group if other in amax), default=None)
+        noise[name] = _convert(model, name, row, largest, scales.get(group))
+        if progress is not None:
+            progress(done, len(chosen))
+    return noise
+
+
+def fused_groups(model: nn.Module, chosen: Mapping[str, Format]) -> list[tuple[str, ...]]:
+    """Layers that share an input going by their names: q/k/v and gate/up, two or more each."""
+    groups = []
+    for parent, module in model.named_modules():
+        for names in NAMES:
+            children = [f"{parent}.{name}" if parent else name for name in names]
+            present = tuple(child for child in children if child in chosen)
+            if len(present) > 1 and all(hasattr(module, child.split(".")[-1]) for child in present):
+                groups.append(present)
+    return groups
+
+
+def _convert(
+    model: nn.Module, name: str, row: Format, amax: float | None, weight_amax: Tensor | None
+) -> float:
+    linear = model.get_submodule(name)
+    scales: dict[str, Any] = {}
+    if is_calibrated(row) and amax is not None:
+        scales["input_scale"] = input_scale(row, amax)
+    with resident(linear) as weight:
+        if weight_amax is not None:
+            key = "weight_scale_2" if row.second_scale else "weight_amax"
+            largest = weight_amax.to(weight.device)
+            scales[key] = divide(largest, E2M1_MAX * E4M3_MAX) if row.second_scale else largest
+        stored = quantize_weight(row, weight, **scales)
+        layer = _layer(linear, row, stored, name, weight.device)
+        noise = _signal_to_noise(weight, layer)
+    keep_offloaded(linear, layer)
+    model.set_submodule(name, layer)
+    return noise
+
+
+def _layer(
+    linear: nn.Module,
+    row: Format,
+    stored: Mapping[str, Tensor],
+    name: str,
+    device: torch.device,
+) -> QuantizedLinear:
+    specs = {leaf: StoredSpec(tensor.dtype, tuple(tensor.shape)) for leaf, tensor in stored.items()}
+    static = row.activation is Activation.FP8_STATIC and "input_scale" not in stored
+    activation = Activation.FP8_PER_TOKEN if static else None
+    layer = make_layer(linear, row, tensors=specs, activation=activation, name=name)
+    if next(layer.parameters()).is_meta:
+        layer.to_empty(device=device)
+    with torch.no_grad():
+        for leaf, tensor in stored.items():
+            getattr(layer, leaf).copy_(tensor)
+        bias = getattr(linear, "bias", None)
+        if bias is not None and layer.bias is not None and not bias.is_meta:
+            layer.bias.copy_(bias)
+    layer.requires_grad_(False)
+    layer.refresh()
+    return layer
+
+
+def _signal_to_noise(weight: Tensor, layer: QuantizedLinear) -> float:
+    """10 log10 (|W|^2 / |W - Q(W)|^2); infinite where nothing was lost."""
+    original = weight.detach().float()
+    error = (layer.dequantized_weight().to(original.device) - original).double()
+    signal, lost = float(original.double().square().sum()), float(error.square().sum())
+    if not lost:
+        return float("inf")
+    return float(10 * torch.log10(torch.tensor(max(signal / lost, 1e-30), dtype=torch.float64)))
+
+
+def _shares_weight_scale(model: nn.Module, row: Format, group: Sequence[str]) -> bool:
+    """Whether ModelOpt's export gives layers with one input one weight scale, too.
+
+    It does where the weight's amax is one number, FP8 per tensor aside: in NVFP4, and in FP8_PB_WO
+    when the first of the group fits one block.
+    """
+    if row.second_scale:
+        return True
+    first = model.get_submodule(group[0])
+    whole = row.granularity is Granularity.BLOCK
+    return whole and max(first.weight.shape) <= FP8_BLOCK
+
+
+def _largest_amax(model: nn.Module, group: Sequence[str]) -> Tensor:
+    found = []
+    for name in group:
+        with resident(model.get_submodule(name)) as weight:
+            found.append(weight.detach().abs().amax().float().cpu())
+    return torch.stack(found).amax()

@@ -1,0 +1,177 @@
+"""Before hours of calibration: everything that would make them worthless in the end."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from mokernels.checkpoint.excluded import summarize_excluded
+from mokernels.checkpoint.schema import matches
+from mokernels.errors import ArgumentError, CalibrationError
+from mokernels.formats import Format
+from mokernels.layers import QuantizedLinear
+from mokernels.ptq.config import QuantizeConfig
+
+_CONVERTIBLE = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+"""What ModelOpt gives quantizers, and names among the excluded where they are off."""
+
+
+def choose_layers(model: nn.Module, config: QuantizeConfig) -> dict[str, Format]:
+    """The format of every linear layer that is to be quantized, in the model's order.
+
+    Raises:
+        ArgumentError: the model is quantized already, no layer would be, an expert's weights are
+            no linear layer, or a layer's input features do not fit its format. All layers that do
+            not fit are named.
+    """
+    if any(isinstance(module, QuantizedLinear) for module in model.modules()):
+        raise ArgumentError(
+            "The model holds quantized layers already. Load the original model and quantize that: "
+            "what rounding took away does not come back."
+        )
+    linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    shared = _weights_shared_with_embeddings(model)
+    chosen = {}
+    for name, linear in linears.items():
+        row = config.choose(name)
+        if row is not None and id(linear.weight) not in shared:
+            chosen[name] = row
+    if not chosen:
+        raise ArgumentError(
+            f"Nothing of {type(model).__name__} would be quantized: none of its {len(linears)} "
+            "linear layers is left by the configuration and the exclusions. Exclude less."
+        )
+    _check_experts(model, config)
+    _check_features({name: linears[name] for name in chosen}, chosen)
+    return chosen
+
+
+def excluded_patterns(model: nn.Module, chosen: Mapping[str, Format]) -> list[str]:
+    """What the checkpoint will list as not quantized.
+
+    Raises:
+        ArgumentError: no list of patterns tells the quantized modules from the others.
+    """
+    plain = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, _CONVERTIBLE) and name not in chosen
+    ]
+    patterns = summarize_excluded(plain, list(chosen))
+    wrong = [name for name in chosen if matches(name, patterns)]
+    if wrong:
+        raise ArgumentError(
+            f"The layer {wrong[0]!r} would be listed as not quantized, since its name matches a "
+            f"pattern of the excluded modules. Rename it, or exclude it too."
+        )
+    return patterns
+
+
+def check_weights(model: nn.Module, chosen: Mapping[str, Format]) -> None:
+    """Refuse weights of which no scale can be made; those that are offloaded are checked later.
+
+    Raises:
+        CalibrationError: a weight holds NaN or infinities, or is empty.
+    """
+    for name in chosen:
+        weight = model.get_submodule(name).weight
+        if not isinstance(weight, torch.Tensor) or weight.is_meta:
+            continue
+        if weight.numel() == 0 or not bool(weight.isfinite().all()):
+            raise CalibrationError(
+                f"The weight of the layer {name!r} is empty or holds NaN or infinities; such a "
+                "weight has no scale. Repair the model, or exclude the layer."
+            )
+
+
+def check_destination(folder: str | os.PathLike[str], nbytes: int) -> None:
+    """Refuse a folder that could not be written in the end.
+
+    Args:
+        folder: where the checkpoint is to go.
+        nbytes: how large it will be, about.
+
+    Raises:
+        ArgumentError: the folder exists and holds something, its parent does not exist or cannot
+            be written, or the disk has not the room.
+    """
+    target = Path(folder).absolute()
+    if os.path.lexists(target) and not (target.is_dir() and not any(target.iterdir())):
+        raise ArgumentError(
+            f"The folder {str(folder)!r} exists and is not empty; nothing is overwritten. Choose "
+            "another name, or remove it."
+        )
+    parent = target.parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise ArgumentError(
+            f"The folder {str(folder)!r} cannot be made: {str(parent)!r} is no folder that can be "
+            "written to. Create it, or choose another place."
+        )
+    free = shutil.disk_usage(parent).free
+    if free < nbytes:
+        raise ArgumentError(
+            f"The disk of {str(parent)!r} has {free / 1e9:.1f} GB left, wanted about "
+            f"{nbytes / 1e9:.1f} GB for the checkpoint. Make room, or choose another disk."
+        )
+
+
+def checkpoint_nbytes(model: nn.Module, chosen: Mapping[str, Format]) -> int:
+    """About how many bytes the checkpoint will have."""
+    total, seen = 0, set()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) in seen:
+            continue
+        seen.add(id(tensor))
+        row = chosen.get(name.removesuffix(".weight"))
+        if row is None or not name.endswith(".weight"):
+            total += tensor.nbytes
+            continue
+        n, k = tensor.shape
+        for spec in row.tensors(n, k):
+            shape = torch.Size(spec.shapes[0])
+            total += shape.numel() * spec.dtype.itemsize
+    return total
+
+
+def _weights_shared_with_embeddings(model: nn.Module) -> set[int]:
+    """Weights of tied output layers: the lookup needs them as they are."""
+    tables = [m.weight for m in model.modules() if isinstance(m, nn.Embedding)]
+    return {id(table) for table in tables}
+
+
+def _check_experts(model: nn.Module, config: QuantizeConfig) -> None:
+    """Experts that transformers keeps as one tensor would be left out without a word."""
+    for name, module in model.named_modules():
+        for leaf, parameter in module.named_parameters(recurse=False):
+            is_expert = parameter.dim() == 3 and "expert" in f"{name}.{leaf}".lower()
+            if is_expert and config.choose(f"{name}.{leaf}") is not None:
+                raise ArgumentError(
+                    f"The experts {name!r} of {type(model).__name__} are one tensor "
+                    f"{list(parameter.shape)}, which this version does not quantize. Leave them "
+                    f"plain with exclude=['{name}*'], and so those of the other layers."
+                )
+
+
+def _check_features(layers: Mapping[str, nn.Linear], chosen: Mapping[str, Format]) -> None:
+    misfits = [
+        (name, layer.in_features, chosen[name])
+        for name, layer in layers.items()
+        if layer.in_features % chosen[name].k_multiple
+    ]
+    if misfits:
+        lines = [
+            f"{name!r} has {features} input features, wanted a multiple of {row.k_multiple} for "
+            f"{row.name}"
+            for name, features, row in misfits[:8]
+        ]
+        more = f", and {len(misfits) - 8} more layers" if len(misfits) > 8 else ""
+        remedy = ", ".join(repr(name) for name, *_ in misfits[:3])
+        raise ArgumentError(
+            f"The format does not fit: {'; '.join(lines)}{more}. Leave them plain with "
+            f"exclude=[{remedy}{', ...' if len(misfits) > 3 else ''}], or choose FP8."
+        )
