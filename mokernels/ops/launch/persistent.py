@@ -73,6 +73,9 @@ def plan_persistent(
 ) -> tuple[Launch, ...]:
     """The launch of one product of E4M3 by E4M3 whose configuration says ``tma``.
 
+    The kernel takes what the others take (:mod:`product`), but for the strides of x and w, which
+    their descriptors know, and for the steps of a part of K.
+
     Args:
         operands: x, w, the block scales of x and of w or None; :func:`tma_reads` both x and w.
         ending: what to do with the sums, and where to put them.
