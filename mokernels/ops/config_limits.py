@@ -7,6 +7,9 @@ from mokernels.ops.config_tables import ANY_M, GemmConfig, Kind, generation
 from mokernels.ops.quantizing import GEMV_GROUP
 from mokernels.ops.target import Target
 
+NARROW: int = 128
+"""Most columns of a tile by TMA whose result is fp32."""
+
 
 def config_ok(config: GemmConfig, kind: Kind, target: Target) -> bool:
     """Whether a program fits the target, and the configuration the kernel."""
@@ -18,7 +21,9 @@ def config_ok(config: GemmConfig, kind: Kind, target: Target) -> bool:
     promotes = config.promote is None or config.block_k % config.promote == 0
     fits = shared_bytes(config, kind, target) <= target.shared_memory
     whole = kind is not Kind.GEMV_NVFP4 or _is_gemv(config, target)
-    return powers_of_two and fits and promotes and whole and (one_scale or not block_scales)
+    by_tma = not config.tma or _goes_by_tma(config, kind, target)
+    scaled = one_scale or not block_scales
+    return powers_of_two and fits and promotes and whole and by_tma and scaled
 
 
 def shared_bytes(config: GemmConfig, kind: Kind, target: Target) -> int:
@@ -27,15 +32,27 @@ def shared_bytes(config: GemmConfig, kind: Kind, target: Target) -> int:
     Pipelined loads keep ``num_stages`` copies of a step's operands as they are stored, one less
     where the matrix instruction is synchronous; a decoded weight may take one more copy in its new
     dtype; the result passes through shared memory in fp32 at the end, when the loads' buffers are
-    free again.
+    free again. By TMA they are not, since the next tile's operands are on their way; a program
+    of fp32 results has at most NARROW columns then, and takes as much as one of twice as many
+    16-bit results.
     """
     x_item, w_item = _stored_bytes(kind)
     rows = config.block_m * x_item + config.block_n * w_item
     step = int(config.block_k * (rows + _scale_bytes(config, kind)))
     decoded = config.block_n * config.block_k * x_item if kind.value.startswith("half") else 0
     copies = config.num_stages - (generation(target) == "mma")
+    if config.tma:
+        end = 4 * config.block_m * min(config.block_n, NARROW)
+        return config.num_stages * step + end + 1024
     end = 4 * config.block_m * config.block_n
     return max(copies * step + int(decoded), end) + 1024
+
+
+def _goes_by_tma(config: GemmConfig, kind: Kind, target: Target) -> bool:
+    """Whether the persistent kernel has the product, and TMA the blocks (256 items at most)."""
+    has_kernel = kind in (Kind.FP8, Kind.FP8_FAST, Kind.FP8_BLOCK)
+    blocks = max(config.block_m, config.block_n, config.block_k) <= 256 and config.block_k >= 16
+    return target.has_tma and has_kernel and blocks and not config.swap and config.split is None
 
 
 def _is_gemv(config: GemmConfig, target: Target) -> bool:

@@ -60,6 +60,7 @@ class GemmConfig:
         split_k: number of partial sums; more than 1 takes a workspace and a second launch, or
             ``serial``.
         serial: a program computes all partial sums of its tile, one after the other.
+        tma: operands come by TMA, and programs stay for several tiles; K is not split then.
     """
 
     block_m: int
@@ -72,6 +73,7 @@ class GemmConfig:
     group_m: int = 8
     split_k: int = 1
     serial: bool = False
+    tma: bool = False
 
     @property
     def order(self) -> tuple[int, int, int | None]:
@@ -105,8 +107,11 @@ def generation(target: Target) -> Generation:
     return "wgmma" if target.promotes_accumulator else "tcgen05"
 
 
-def rows_of(kind: Kind, target: Target) -> Rows:
-    """The configurations of a kind on a target by the bucket of M; none where it does not exist."""
+def rows_of(kind: Kind, target: Target, tma: bool = True) -> Rows:
+    """The configurations of a kind on a target by the bucket of M; none where it does not exist.
+
+    ``tma`` is False for operands that TMA cannot read.
+    """
     lacks_scaled = kind in (Kind.NVFP4, Kind.MXFP8) and not target.has_block_scaled_dot
     if lacks_scaled or (kind is Kind.FP8_FAST and not target.promotes_accumulator):
         return ()
@@ -114,7 +119,10 @@ def rows_of(kind: Kind, target: Target) -> Rows:
         return _FP32
     if kind is Kind.GEMV_NVFP4:
         return _GEMV if target.backend == "cuda" else _GEMV_OF_64_THREADS
-    return _TABLES[_table(kind, target)][kind]
+    table = _table(kind, target)
+    by_tma = _BY_TMA.get((table, kind), ()) if tma else ()
+    few = tuple(row for row in _TABLES[table][kind] if not by_tma or row[0] < by_tma[0][0])
+    return few + by_tma
 
 
 def serial_bucket(kind: Kind, target: Target) -> int:
@@ -138,6 +146,12 @@ def _row(
     end: int, m: int, n: int, k: int, warps: int, stages: int, swap: bool = False
 ) -> tuple[int, GemmConfig]:
     return end, GemmConfig(m, n, k, warps, stages, swap)
+
+
+def _by_tma(
+    end: int, m: int, n: int, stages: int, promote: int | None = None
+) -> tuple[int, GemmConfig]:
+    return end, GemmConfig(m, n, 128, 8, stages, promote=promote, tma=True)
 
 
 def _promoted(rows: Rows) -> Rows:
@@ -206,7 +220,8 @@ _WGMMA_FP8: Rows = (
     _row(16, 16, 64, 128, 4, 6, swap=True),
     _row(32, 32, 128, 128, 4, 5, swap=True),
     _row(64, 64, 128, 128, 4, 4, swap=True),
-    _row(512, 128, 128, 128, 8, 4),
+    _row(256, 128, 128, 128, 8, 4),
+    _row(512, 128, 128, 128, 8, 4),  # the same again: what TMA reads has a row of its own
 )
 # A decoded weight goes from registers into the instruction if it is the M side.
 _WGMMA_HALF: Rows = (
@@ -298,5 +313,19 @@ _SERIAL_BUCKETS: Mapping[tuple[Table, Kind], int] = MappingProxyType(
         ("mma_scaled", Kind.NVFP4): 64,
         ("mma_scaled", Kind.MXFP8): 64,
         ("wgmma", Kind.FP8_FAST): 512,
+    }
+)
+
+# Many rows, where TMA can read the operands. The fastest of a search on an H100 with fast
+# accumulation were 128x256 in 3 stages, on par with cuBLASLt, and 128x128 in 5 or 6, which reached
+# 95 % of that. With promotion a 128x256 tile spills. Rows take the place of those above from the
+# first bucket on; where that one splits K, both tables have to have the same tile.
+_BY_TMA: Mapping[tuple[Table, Kind], Rows] = MappingProxyType(
+    {
+        ("wgmma", Kind.FP8): (
+            _by_tma(512, 128, 128, 5, FP8_BLOCK),
+            _by_tma(ANY_M, 128, 128, 5, FP8_BLOCK),
+        ),
+        ("wgmma", Kind.FP8_FAST): (_by_tma(512, 128, 128, 5), _by_tma(ANY_M, 128, 256, 3)),
     }
 )

@@ -18,6 +18,10 @@ configuration for a target, whatever the shape, and ``block_k`` tells the number
 the N of the fused group, so that a member of a group that is run alone adds as the group does.
 Inside :func:`mokernels.batch_invariant` it is that of one row for every M. Many rows then add their
 parts of K ``serial``, to the same bits: a workspace of partial sums would grow with M.
+
+Many rows of FP8 by FP8 are multiplied by TMA, if K is not split. Whether TMA can read the operands
+depends on addresses and strides, which may not change a bit: :func:`choose_without_tma` returns
+what takes its place, with the same order.
 """
 
 from __future__ import annotations
@@ -49,6 +53,7 @@ __all__ = [
     "all_configs",
     "bucket",
     "choose",
+    "choose_without_tma",
     "kind_of_fp8",
 ]
 
@@ -92,6 +97,20 @@ def choose(
     return chosen(kind, rows, plan_n or n, k, target)
 
 
+def choose_without_tma(
+    kind: Kind,
+    m: int,
+    n: int,
+    k: int,
+    target: Target,
+    plan_n: int = 0,
+    invariant: bool = False,
+) -> GemmConfig:
+    """As :func:`choose`, in the same order of addition, for operands that TMA cannot read."""
+    chosen = _choose_invariant if invariant else _choose
+    return chosen(kind, bucket(m), plan_n or n, k, target, False)
+
+
 def bucket(m: int) -> int:
     """The upper end of the range of M that ``m`` falls in."""
     return next((end for end in M_BUCKETS if m <= end), ANY_M)
@@ -99,7 +118,10 @@ def bucket(m: int) -> int:
 
 def all_configs(target: Target) -> dict[Kind, tuple[GemmConfig, ...]]:
     """Everything that :func:`choose` can return for a target, before it sets the split."""
-    kinds = {kind: tuple(_distinct(rows_of(kind, target))) for kind in Kind}
+    kinds = {
+        kind: tuple(_distinct((*rows_of(kind, target), *rows_of(kind, target, tma=False))))
+        for kind in Kind
+    }
     return {kind: configs for kind, configs in kinds.items() if configs}
 
 
@@ -111,19 +133,25 @@ def kind_of_fp8(target: Target, block_scales: bool, fast_accum: bool) -> Kind:
 
 
 @cache
-def _choose(kind: Kind, m: int, n: int, k: int, target: Target) -> GemmConfig:
-    rows = rows_of(kind, target)
+def _choose(kind: Kind, m: int, n: int, k: int, target: Target, tma: bool = True) -> GemmConfig:
+    rows = rows_of(kind, target, tma)
     config = next((row for end, row in rows if m <= end), rows[-1][1])
-    return replace(config, split_k=_split(config, m, n, k, target))
+    split_k = _split(config, m, n, k, target)
+    if config.tma and split_k > 1:
+        return _choose(kind, m, n, k, target, False)
+    return replace(config, split_k=split_k)
 
 
 @cache
-def _choose_invariant(kind: Kind, m: int, n: int, k: int, target: Target) -> GemmConfig:
+def _choose_invariant(
+    kind: Kind, m: int, n: int, k: int, target: Target, tma: bool = True
+) -> GemmConfig:
     split_k = _choose(kind, M_BUCKETS[0], n, k, target).split_k
     serial = m > PARALLEL_ROWS and split_k > 1
     if serial:
         m = min(m, serial_bucket(kind, target))
-    return replace(_choose(kind, m, n, k, target), split_k=split_k, serial=serial)
+    config = _choose(kind, m, n, k, target, tma and split_k == 1)
+    return replace(config, split_k=split_k, serial=serial)
 
 
 def _split(config: GemmConfig, m: int, n: int, k: int, target: Target) -> int:

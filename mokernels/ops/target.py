@@ -55,6 +55,11 @@ class Target:
         return self._cuda_at_least(100)
 
     @property
+    def has_tma(self) -> bool:
+        """A unit copies blocks of matrices to shared memory by descriptors (Hopper and later)."""
+        return self._cuda_at_least(90)
+
+    @property
     def wants_swapped_operands(self) -> bool:
         """Few tokens have to be the N side of the matrix instruction, the weight its M side.
 

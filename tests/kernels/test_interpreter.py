@@ -11,6 +11,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from tests.support.compare import assert_same_bits
 from tests.support.interpreted_dots import model_of
@@ -319,6 +320,22 @@ def test_ptx_is_emulated_instruction_by_instruction():
     for refused in ("brev.b32 $0, $1;", "prmt.b32 $0, $1, 0, 0x8000;"):
         with pytest.raises(NotImplementedError):
             emulate(refused, outputs=1)(words)
+
+
+@triton.jit
+def described_kernel(x, out, row, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    index = tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    tl.store(out + index, x.load([row, 16]))
+
+
+def test_descriptors_read_e4m3_and_zeros_past_the_ends():
+    codes = ALL_E4M3.view(torch.uint8).reshape(4, 64)[:, :40].view(torch.float8_e4m3fn)
+    out = torch.empty(4, 32, dtype=torch.float8_e4m3fn)
+    described = TensorDescriptor.from_tensor(codes, [4, 32])
+    described_kernel[(1,)](described, out, 2, ROWS=4, COLUMNS=32)
+    expected = torch.zeros(4, 32, dtype=torch.uint8)
+    expected[:2, :24] = codes.view(torch.uint8)[2:, 16:]
+    assert_same_bits(out.view(torch.uint8), expected)
 
 
 def test_encode_and_decode_invert_each_other():

@@ -20,6 +20,7 @@ from mokernels.ops.configs import (
     all_configs,
     bucket,
     choose,
+    choose_without_tma,
     kind_of_fp8,
 )
 from mokernels.ops.target import (
@@ -176,6 +177,10 @@ def test_block_scaled_kinds_exist_where_the_matrix_units_have_them():
         ({"promote": 128, "block_k": 64}, Kind.FP8),
         ({"block_n": 256}, Kind.FP8_BLOCK),
         ({"block_k": 256}, Kind.HALF_BLOCK),
+        ({"tma": True}, Kind.HALF_FP8),
+        ({"tma": True, "swap": True}, Kind.FP8),
+        ({"tma": True, "split_k": 2}, Kind.FP8),
+        ({"tma": True, "block_k": 512, "num_stages": 1}, Kind.FP8),
     ],
     ids=str,
 )
@@ -183,6 +188,13 @@ def test_illegal_configurations_are_found(change, kind):
     legal = GemmConfig(64, 128, 128, 4, 3)
     assert config_ok(legal, kind, SM_90)
     assert not config_ok(replace(legal, **change), kind, SM_90)
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=name)
+def test_tma_is_legal_where_it_exists(target):
+    config = GemmConfig(64, 128, 128, 4, 2, tma=True)
+    assert config_ok(config, Kind.FP8, target) == target.has_tma
+    assert target.has_tma == (target in (SM_90, SM_100, SM_120))
 
 
 @pytest.mark.parametrize("target", TARGETS, ids=name)
@@ -209,6 +221,33 @@ def test_shared_memory_is_counted_in_bytes_of_the_operands():
     # A wide tile ends with its fp32 sums.
     short = GemmConfig(128, 256, 32, 8, num_stages=2)
     assert shared_bytes(short, Kind.FP8, SM_90) == 4 * 128 * 256 + 1024
+    # By TMA the next tile's operands are there as well, and fp32 results are 128 columns wide.
+    tma = GemmConfig(128, 256, 128, 8, num_stages=3, tma=True)
+    assert shared_bytes(tma, Kind.FP8, SM_90) == 3 * (128 + 256) * 128 + 4 * 128 * 128 + 1024
+
+
+@given(st.sampled_from(MATRIX_CHOICES), rows, columns, inner, processors, st.booleans(), columns)
+def test_what_takes_the_place_of_tma_adds_in_its_order(choice, m, n, k, count, invariant, plan_n):
+    target, kind = replace(choice[0], processors=count), choice[1]
+    config, other = (
+        choice(kind, m, n, k, target, plan_n, invariant) for choice in (choose, choose_without_tma)
+    )
+    assert other.order == config.order
+    assert other.split == config.split
+    assert not other.tma
+    assert replace(other, split_k=1, serial=False) in all_configs(target)[kind]
+    assert config == other or (config.tma and m > 256 and config.split is None)
+
+
+def test_many_rows_of_fp8_go_by_tma_on_hopper():
+    for target, kind in CHOICES:
+        wanted = target is SM_90 and kind in (Kind.FP8, Kind.FP8_FAST)
+        for m in (512, 2048):
+            assert choose(kind, m, 28672, 4096, target).tma == wanted, (target.name, kind)
+        assert not choose(kind, 256, 28672, 4096, target).tma
+    # Here one row splits K, and batch invariance makes many rows do so too.
+    assert choose(Kind.FP8, 2048, 1024, 4096, SM_90).tma
+    assert not choose(Kind.FP8, 2048, 1024, 4096, SM_90, invariant=True).tma
 
 
 def test_buckets():
@@ -231,7 +270,7 @@ def test_an_invariant_order_is_that_of_one_row(target, kind):
     assert orders == {True, False}
 
 
-@given(targets_and_kinds, rows, columns, columns, inner, processors)
+@given(st.sampled_from(MATRIX_CHOICES), rows, columns, columns, inner, processors)
 def test_an_invariant_choice_changes_the_split_alone(choice, m, n, group_n, k, count):
     target, kind = choice[0], choice[1]
     target = replace(target, processors=count)

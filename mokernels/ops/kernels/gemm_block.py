@@ -51,6 +51,15 @@ def block_factor(rows, scale_w, SWAP: tl.constexpr):
 
 
 @triton.jit
+def add_block(
+    acc, x, w, rows, scale_w, SWAP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """Acc + x @ w.T of one K block, times the scales that :func:`block_factor` takes."""
+    zeros = new_accumulator(BLOCK_M, BLOCK_N, SWAP)
+    return acc + multiply(x, w, zeros, SWAP, None) * block_factor(rows, scale_w, SWAP)
+
+
+@triton.jit
 def sum_of_part(
     part,
     x_rows,
@@ -87,8 +96,7 @@ def sum_of_part(
             x_tile = as_operand(x_tile, COMPUTE)
             if bx_rows is not None:
                 bx = tl.load(bx_rows + k // 128, mask=in_m, other=0.0)
-        zeros = new_accumulator(BLOCK_M, BLOCK_N, SWAP)
-        acc += multiply(x_tile, w_tile, zeros, SWAP, None) * block_factor(bx, bw, SWAP)
+        acc = add_block(acc, x_tile, w_tile, bx, bw, SWAP, BLOCK_M, BLOCK_N)
     return acc
 
 

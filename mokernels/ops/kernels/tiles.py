@@ -17,20 +17,25 @@ from mokernels.ops.kernels.elements import decode_e4m3
 
 
 @triton.jit
-def tile_of_program(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
-    """(row, column) of this program's tile, in tiles.
+def tile_at(place, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
+    """(row, column) of the tile at this place in the order of tiles, in tiles.
 
-    Programs walk down GROUP_M row tiles before they go to the next column, so that neighbours in
+    The order walks down GROUP_M row tiles before it goes to the next column, so that neighbours in
     time share weights in the L2 cache.
     """
-    program = tl.program_id(0)
     rows = tl.cdiv(M, BLOCK_M)
     columns = tl.cdiv(N, BLOCK_N)
-    group = program // (GROUP_M * columns)
-    within = program % (GROUP_M * columns)
+    group = place // (GROUP_M * columns)
+    within = place % (GROUP_M * columns)
     first = group * GROUP_M
     height = tl.minimum(rows - first, GROUP_M)
     return first + within % height, within // height
+
+
+@triton.jit
+def tile_of_program(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
+    """(row, column) of this program's tile, in tiles."""
+    return tile_at(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
 
 
 @triton.jit

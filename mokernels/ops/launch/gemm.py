@@ -18,11 +18,12 @@ from torch import Tensor
 
 from mokernels.invariance import is_batch_invariant
 from mokernels.ops.checks import dtype_or, out_dtype_of
-from mokernels.ops.configs import Kind, choose, kind_of_fp8
+from mokernels.ops.configs import Kind, choose, choose_without_tma, kind_of_fp8
 from mokernels.ops.kernels.gemm_block import gemm_block
 from mokernels.ops.kernels.gemm_epilogue import gemm_epilogue
 from mokernels.ops.kernels.gemm_native import gemm_native
 from mokernels.ops.launch.decode import TRITON_DTYPES, plan_mxfp8_decode, plan_nvfp4_decode
+from mokernels.ops.launch.persistent import plan_persistent, tma_reads
 from mokernels.ops.launch.plan import Launch
 from mokernels.ops.launch.product import (
     Ending,
@@ -320,9 +321,11 @@ def _plan_fp8(
     w = codes_of(dense_columns(b), target)
     (m, k), n = x.shape, w.shape[0]
     config = choose(kind, m, n, k, target, plan_n, invariant)
+    if config.tma and not (tma_reads(x, target) and tma_reads(w, target)):
+        config = choose_without_tma(kind, m, n, k, target, plan_n, invariant)
     block_scale_w = dense_columns(scale_b) if scale_b.dim() == 2 else None
     ending = replace(ending, scale_w=scale_b if block_scale_w is None else None)
-    if block_scale_x is None and block_scale_w is None:
+    if block_scale_x is None and block_scale_w is None and not config.tma:
         operands = Operands((x, w), (x.stride(0), w.stride(0)), (m, n, k))
         return plan_product(
             gemm_epilogue, operands, ending, config, COMPUTE=compute, PROMOTE=config.promote
@@ -332,6 +335,8 @@ def _plan_fp8(
         (x.stride(0), w.stride(0), row_stride(block_scale_x), row_stride(block_scale_w)),
         (m, n, k),
     )
+    if config.tma:
+        return plan_persistent(operands, ending, config, target)
     constants = {"COMPUTE": compute, "QUANTIZE": False, "CASTS_ONCE": target.casts_fp8_once}
     return plan_product(gemm_block, operands, ending, config, **constants)
 

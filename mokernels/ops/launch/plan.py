@@ -14,7 +14,8 @@ class Launch:
     Attributes:
         kernel: the ``@triton.jit`` function.
         grid: number of programs along three axes.
-        args: run-time arguments in the kernel's order (tensors, ints); the tensors may be meta.
+        args: run-time arguments in the kernel's order (tensors, descriptors of tensors, ints); the
+            tensors may be meta.
         constants: compile-time arguments by name.
         num_warps: warps of a program.
         num_stages: depth of the software pipeline.

@@ -1,0 +1,98 @@
+"""FP8 by FP8 for many rows: operands come by TMA, to programs that stay for several tiles."""
+
+import triton
+import triton.language as tl
+
+from mokernels.ops.kernels.gemm_block import add_block
+from mokernels.ops.kernels.tiles import (
+    indices,
+    multiply,
+    new_accumulator,
+    store_output,
+    tile_at,
+)
+
+
+@triton.jit
+def sum_of_tile(
+    x,
+    w,
+    bx_rows,
+    block_scale_w,
+    row,
+    column,
+    in_m,
+    K,
+    PROMOTE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """The accumulator of the tile whose first element is [row, column], over the whole of K.
+
+    ``x`` and ``w`` are descriptors, which read 0 past the ends of rows and columns.
+    ``bx_rows`` and ``block_scale_w`` point to the first scales of the tile's rows and of its
+    weights, or are None.
+    """
+    acc = new_accumulator(BLOCK_M, BLOCK_N, False)
+    for k in range(0, K, BLOCK_K):
+        x_tile = x.load([row, k])
+        w_tile = w.load([column, k])
+        if bx_rows is None and block_scale_w is None:
+            acc = multiply(x_tile, w_tile, acc, False, PROMOTE)
+        else:
+            bx, bw = None, block_scale_w
+            if block_scale_w is not None:
+                bw += k // 128
+            if bx_rows is not None:
+                bx = tl.load(bx_rows + k // 128, mask=in_m, other=0.0)
+            acc = add_block(acc, x_tile, w_tile, bx, bw, False, BLOCK_M, BLOCK_N)
+    return acc
+
+
+@triton.jit(do_not_specialize=["M"])
+def gemm_persistent(
+    x,
+    w,
+    block_scale_x,
+    block_scale_w,
+    scale_x,
+    scale_w,
+    bias,
+    out,
+    M,
+    N,
+    K,
+    stride_bx,
+    stride_bw,
+    stride_sx,
+    stride_sw,
+    PROGRAMS: tl.constexpr,
+    PROMOTE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    """The products of gemm_epilogue and, with block scales, of gemm_block, to the same bits.
+
+    ``x`` and ``w`` are TMA descriptors of E4M3 [M, K] and [N, K], with blocks [BLOCK_M, BLOCK_K]
+    and [BLOCK_N, BLOCK_K]. At most PROGRAMS programs take the tiles in turns, in the order in which
+    programs of one tile each would start. Flattened, the loops over tiles and over K are one, so
+    that the next tile's operands are under way while this tile ends.
+    """
+    tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
+    for tile in tl.range(tl.program_id(0), tiles, PROGRAMS, flatten=True):
+        tile_m, tile_n = tile_at(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
+        rm = indices(tile_m, BLOCK_M)
+        rn = indices(tile_n, BLOCK_N)
+        bx_rows, bw = None, None
+        if block_scale_x is not None:
+            bx_rows = block_scale_x + rm.to(tl.int64) * stride_bx
+        if block_scale_w is not None:
+            bw = block_scale_w + tile_n * BLOCK_N // 128 * stride_bw
+        acc = sum_of_tile(
+            x, w, bx_rows, bw, tile_m * BLOCK_M, tile_n * BLOCK_N, rm < M, K,
+            PROMOTE, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+        store_output(acc, rm, rn, M, N, scale_x, stride_sx, scale_w, stride_sw, bias, out)

@@ -1,0 +1,139 @@
+"""Launches of FP8 products whose operands come by TMA: which can, in what tiles, and how.
+
+TMA (tensor memory accelerator) copies blocks of a matrix to shared memory by a descriptor of it.
+What it cannot describe is multiplied by the kernels that load from pointers, to the same bits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from mokernels.ops.config_limits import NARROW
+from mokernels.ops.config_tables import GemmConfig, ceil_div
+from mokernels.ops.kernels.gemm_persistent import gemm_persistent
+from mokernels.ops.launch.plan import Launch
+from mokernels.ops.launch.product import Ending, Operands
+from mokernels.ops.target import Target
+
+LARGEST_STRIDE: int = 1 << 40
+"""Bytes from one row to the next have to be fewer (CUDA driver, cuTensorMapEncodeTiled)."""
+EDGE_COST: int = 16
+"""What an element of a tile's edges costs, in elements of its area: by that a 128x128 tile is 5 %
+slower for its area than a 128x256 one, as on an H100."""
+
+
+def tma_reads(matrix: Tensor, target: Target) -> bool:
+    """Whether the target has TMA, and TMA can read a matrix.
+
+    ==========================  ====================================================================
+    items, in either dimension  at least one, and fewer than 2 ** 31 (32-bit coordinates)
+    columns                     dense
+    address, bytes of a row     multiples of 16
+    rows                        apart: one that is repeated by a stride of 0 has no descriptor
+    ==========================  ====================================================================
+    """
+    (rows, columns), (step, dense), item = matrix.shape, matrix.stride(), matrix.element_size()
+    return (
+        target.has_tma
+        and 0 < rows < 2**31
+        and 0 < columns < 2**31
+        and dense == 1
+        and columns <= step < LARGEST_STRIDE // item
+        and step * item % 16 == 0
+        and matrix.data_ptr() % 16 == 0
+    )
+
+
+def tile_by_tma(config: GemmConfig, m: int, n: int, item: int, target: Target) -> GemmConfig:
+    """A configuration by TMA, or one of half its width if that is done first, or fits.
+
+    Programs take tiles in turns, and the last turn takes as long as the others though few programs
+    may have a tile in it. The order of addition is the same.
+
+    Args:
+        config: chosen without a look at the very shape.
+        m: rows of x.
+        n: rows of the weight.
+        item: bytes of an item of the result.
+        target: as many programs as it has processors share the tiles.
+    """
+    if config.block_n <= NARROW:
+        return config
+    narrow = replace(config, block_n=config.block_n // 2, num_stages=config.num_stages + 2)
+    if item > 2 or _time(narrow, m, n, target) < _time(config, m, n, target):
+        return narrow
+    return config
+
+
+def plan_persistent(
+    operands: Operands, ending: Ending, config: GemmConfig, target: Target
+) -> tuple[Launch, ...]:
+    """The launch of one product of E4M3 by E4M3 whose configuration says ``tma``.
+
+    The kernel takes what the others take (:mod:`product`), but for the strides of x and w, which
+    their descriptors know, and for the steps of a part of K.
+
+    Args:
+        operands: x, w, the block scales of x and of w or None; :func:`tma_reads` both x and w.
+        ending: what to do with the sums, and where to put them.
+        config: tile and pipeline; it does not split K.
+        target: as many programs as it has processors share the tiles.
+    """
+    x, w, *block_scales = operands.pointers
+    m, n, _ = operands.sizes
+    assert x is not None
+    assert w is not None
+    config = tile_by_tma(config, m, n, ending.out.element_size(), target)
+    arguments = (
+        _descriptor(x, config.block_m, config.block_k),
+        _descriptor(w, config.block_n, config.block_k),
+        *block_scales,
+        *ending.pointers,
+        *operands.sizes,
+        *operands.strides[2:],
+        *ending.strides,
+    )
+    constants = {
+        "PROGRAMS": target.processors,
+        "PROMOTE": config.promote,
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_K": config.block_k,
+        "GROUP_M": config.group_m,
+    }
+    launch = Launch(
+        gemm_persistent,
+        (min(_tiles(config, m, n), target.processors), 1, 1),
+        arguments,
+        constants,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    return (launch,)
+
+
+def _tiles(config: GemmConfig, m: int, n: int) -> int:
+    return ceil_div(m, config.block_m) * ceil_div(n, config.block_n)
+
+
+def _time(config: GemmConfig, m: int, n: int, target: Target) -> int:
+    """Turns, times what a tile costs for each step along K."""
+    height, width = config.block_m, config.block_n
+    turns = ceil_div(_tiles(config, m, n), target.processors)
+    return turns * (height * width + EDGE_COST * (height + width))
+
+
+def _descriptor(matrix: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """Of a matrix that TMA reads, in blocks [rows, columns].
+
+    The constructor would ask again what :func:`tma_reads` has answered, for three times what this
+    takes, which is no more than looking a descriptor up would. Triton reads the matrix' address and
+    encodes the descriptor at every launch, so that none is ever stale.
+    """
+    made = TensorDescriptor.__new__(TensorDescriptor)
+    made.base, made.block_shape = matrix, [rows, columns]
+    made.shape, made.strides = matrix.shape, matrix.stride()
+    return made

@@ -1,0 +1,101 @@
+"""What the compiler makes of FP8 products by TMA: instructions, registers, shared memory.
+
+The configurations that are chosen, with the results that cost most at the end of a tile, and others
+that the kernel takes: block scales, and Blackwell.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from unittest.mock import patch
+
+import pytest
+import torch
+
+from mokernels.ops.config_limits import config_ok, shared_bytes
+from mokernels.ops.configs import GemmConfig, Kind, all_configs
+from mokernels.ops.launch import gemm
+from mokernels.ops.launch.plan import Launch
+from mokernels.ops.target import CUDA_TARGETS, SM_90, SM_100, Target
+from tests.aot.test_gemm import BF16, FP8, FP32, GemmCase, additions_of, empty
+from tests.support import sass
+from tests.support.aot import Compiled
+
+K = 4096
+COLUMNS = (28672, 5120)
+"""N that 128x256 tiles suit, and one that they do not (tile_by_tma)."""
+WITH_TMA = [target for target in CUDA_TARGETS if target.has_tma]
+CHOSEN = [
+    (target, kind, config)
+    for target in WITH_TMA
+    for kind, configs in all_configs(target).items()
+    for config in configs
+    if config.tma
+]
+SQUARE = GemmConfig(128, 128, 128, 8, 4, tma=True)
+POSSIBLE = [
+    (SM_90, Kind.FP8_BLOCK, SQUARE),
+    (SM_100, Kind.FP8, SQUARE),
+    (SM_100, Kind.FP8_BLOCK, SQUARE),
+]
+MATRIX_INSTRUCTION = {SM_90: "QGMMA", SM_100: "UTCQMMA"}
+
+
+def launch_of(target: Target, kind: Kind, config: GemmConfig, n: int, out: torch.dtype) -> Launch:
+    a, b = empty(2048, K, dtype=FP8), empty(n, K, dtype=FP8)
+    scales, bias = (empty(2048), empty(n)), empty(n, dtype=BF16)
+    if kind is Kind.FP8_BLOCK:
+        scales, bias = (empty(2048, K // 128), empty(n // 128, K // 128)), None
+    with patch.object(gemm, "choose", lambda *_: config):
+        planned = gemm.plan_fp8_gemm(a, b, *scales, bias, out, target=target)
+    (launch,) = planned[1]
+    return launch
+
+
+def cases() -> Iterator[GemmCase]:
+    for target, kind, config in (*CHOSEN, *POSSIBLE):
+        seen = set()
+        for n, out in ((n, out) for n in COLUMNS for out in (BF16, FP32)):
+            launch = launch_of(target, kind, config, n, out)
+            width = launch.constants["BLOCK_N"]
+            if (width, out) not in seen:
+                seen.add((width, out))
+                tile = f"{config.block_m}x{width}x{config.block_k}"
+                yield GemmCase(
+                    "gemm-persistent",
+                    target,
+                    f"{kind.value}-{tile}-{str(out).removeprefix('torch.')}",
+                    lambda launch=launch: launch,
+                    kind=kind,
+                    config=replace(config, block_n=width, num_stages=launch.num_stages),
+                )
+
+
+CASES = list(cases())
+
+
+@pytest.mark.aot_cases(CASES)
+def test_main_loop(case: GemmCase, compiled: Compiled):
+    assert compiled.name == "gemm_persistent"
+    loop = sass.main_loop(compiled)
+    used = sass.count(loop)
+    sass.assert_matrix_instruction(compiled, MATRIX_INSTRUCTION[case.target])
+    assert "cp.async.bulk.tensor" in compiled.ptx
+    assert used["UTMALDG"] >= 2, used
+    assert not used["LDGSTS"], used
+    sass.assert_no_spills(compiled)
+    sass.assert_fits(compiled)
+    config = case.config
+    assert config_ok(config, case.kind, case.target)
+    assert compiled.shared <= shared_bytes(config, case.kind, case.target)
+    # The loop holds the end of a tile too, where scales and bias are contracted, as in the kernels
+    # that load from pointers: an addition that is left promotes.
+    elements = config.block_m * config.block_n // (32 * config.num_warps)
+    assert additions_of(loop) == (elements if config.promote else 0), used
+
+
+def test_wide_and_narrow_tiles_are_compiled():
+    # An fp32 result is narrow, whatever N is.
+    widths = {(case.kind, case.config.block_n) for case in CASES if case.target is SM_90}
+    assert {(Kind.FP8, 128), (Kind.FP8_FAST, 128), (Kind.FP8_FAST, 256)} <= widths
