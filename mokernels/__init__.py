@@ -183,6 +183,7 @@ def export(
     Raises:
         ArgumentError: the model is no quantized one of transformers.
         CheckpointError: the folder exists and is not empty, or the audit found errors.
+        MokernelsError: what was loaded again gives other logits; the message says why, if known.
         OSError: the disk is full, ...
     """
     from mokernels.hf.export import export as run

@@ -12,15 +12,15 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.table import Table
 from torch import nn
 
-from mokernels.demo.convert import formats_without_calibration
-from mokernels.demo.flow import RATIO_LIMIT, STRIDE, WINDOW, Measured, Outcome
+from mokernels.demo.flow import STRIDE, WINDOW, Measured, Outcome
 from mokernels.formats import FORMATS, Activation, Format, Granularity
 from mokernels.layers.explain import kernel_family
 from mokernels.layers.swap import make_layer
+from mokernels.ptq.convert import is_calibrated
 
 _ACTIVATIONS = {
     Activation.NONE: "16 bit",
-    Activation.FP8_STATIC: "E4M3, one calibrated scale, else per token",
+    Activation.FP8_STATIC: "E4M3, one calibrated scale",
     Activation.FP8_PER_TOKEN: "E4M3, a scale per token",
     Activation.FP8_BLOCK: "E4M3, a scale per 128",
     Activation.NVFP4: "E2M1, a scale per 16",
@@ -92,7 +92,7 @@ def comparison_table(outcome: Outcome, format: Format) -> Table:
 
 
 def _verdict(outcome: Outcome) -> str:
-    return "green" if outcome.ratio <= RATIO_LIMIT else "red"
+    return "green" if outcome.ratio <= outcome.limit else "red"
 
 
 def _megabytes(model: Measured) -> float:
@@ -109,12 +109,11 @@ def _speed(model: Measured) -> float:
 
 def formats_table(device: str) -> Table:
     """Every format: what it stores and what this machine would run."""
-    free = formats_without_calibration()
     table = Table(title=f"formats, on {device}", title_justify="left")
     for name in ("format", "weights", "scales", "activations", "calibration", "runs as"):
         table.add_column(name)
     for row in FORMATS.values():
-        needed = "required" if row not in free else "optional" if row.input_scale else "none"
+        needed = "required" if is_calibrated(row) else "none"
         kernel, why = kernel_of(row, torch.device(device))
         cells = (weights_of(row), scales_of(row), _ACTIVATIONS[row.activation], needed)
         table.add_row(row.name, *cells, f"{kernel}: {why}")

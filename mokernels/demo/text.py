@@ -1,4 +1,4 @@
-"""The text on which the demo measures perplexity: one that every Python brings along.
+"""The texts that the demo calibrates with and measures perplexity on: every Python has them.
 
 ``pydoc_data.topics`` holds the reference pages that ``help("calls")`` shows. The pages chosen here
 are English prose and read the same, to the byte, in Python 3.11, 3.12 and 3.13.
@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from mokernels.errors import MissingDependencyError
 
 TOPICS = ("calls", "comparisons", "exceptions", "for", "import", "with")
+CALIBRATION_TOPICS = ("execmodel", "strings", "assignment", "try", "types", "compound")
+"""Other pages: what a model was calibrated with is no test of it."""
 SHA256 = "8c10b244e716e271e86a71e1e0739a82bec34bfcf440df7cbdb52f5f806cb9c6"
 """Of the text on Python 3.11, 3.12 and 3.13."""
 
@@ -35,6 +37,20 @@ def reference_text() -> ReferenceText:
     Raises:
         MissingDependencyError: the interpreter comes without its documentation.
     """
+    text = "\n\n".join(_pages(TOPICS))
+    return ReferenceText(text, hashlib.sha256(text.encode()).hexdigest() == SHA256)
+
+
+def calibration_texts() -> list[str]:
+    """The pages to calibrate with.
+
+    Raises:
+        MissingDependencyError: the interpreter comes without its documentation.
+    """
+    return _pages(CALIBRATION_TOPICS)
+
+
+def _pages(names: tuple[str, ...]) -> list[str]:
     try:
         from pydoc_data.topics import topics
     except ImportError as error:
@@ -42,5 +58,4 @@ def reference_text() -> ReferenceText:
             "This Python comes without the module pydoc_data.topics, whose text the demo measures "
             "perplexity on. Install the whole standard library (on Debian: libpython3-stdlib)."
         ) from error
-    text = "\n\n".join(topics[name] for name in TOPICS if name in topics)
-    return ReferenceText(text, hashlib.sha256(text.encode()).hexdigest() == SHA256)
+    return [topics[name] for name in names if name in topics]

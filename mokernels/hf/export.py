@@ -122,12 +122,36 @@ def _reload(model: Any, folder: Path) -> Reload:
     equal = torch.equal(found, expected)
     difference = float((found.float() - expected.float()).abs().max())
     if not equal:
-        raise MokernelsError(
-            f"The checkpoint in {str(folder)!r} does not give the quantized model's logits when it "
-            f"is loaded again: they differ by up to {difference:.3g}. Nothing was written. This is "
-            "a fault of mokernels' or of the model's own code; please report it."
-        )
+        raise _unequal(folder, difference, _other_buffers(model, again))
     return Reload(ids.numel(), equal, difference)
+
+
+def _other_buffers(model: nn.Module, again: nn.Module) -> list[str]:
+    """Names of the buffers that no checkpoint stores and that differ between the two models."""
+    loaded = dict(again.named_buffers())
+    return [
+        name
+        for name, buffer in model.named_buffers()
+        if name in loaded and not torch.equal(buffer.cpu(), loaded[name].cpu())
+    ]
+
+
+def _unequal(folder: Path, difference: float, buffers: list[str]) -> MokernelsError:
+    text = (
+        "The checkpoint does not give the quantized model's logits when it is loaded again: they "
+        f"differ by up to {difference:.3g}. Nothing was written, and the model is as it was. "
+    )
+    if buffers:
+        return MokernelsError(
+            f"{text}The buffer {buffers[0]!r} is not what the model's class makes: checkpoints do "
+            "not store it. Casting a model (model.to(torch.bfloat16), model.half()) rounds it: "
+            "load the model in its dtype instead, from_pretrained(..., dtype=torch.bfloat16), or "
+            "export with reload=False."
+        )
+    return MokernelsError(
+        f"{text}Is the model's code deterministic? If so, this is a fault of mokernels'; please "
+        "report it. reload=False exports without the comparison."
+    )
 
 
 def _logits(model: Any, ids: Tensor) -> Tensor:

@@ -15,7 +15,8 @@ runner = CliRunner()
 def demo(tmp_path, monkeypatch):
     """Runs the demo on a tiny model with a short text."""
     monkeypatch.setattr(hub, "hub_reachable", lambda repo: pytest.fail("asked the hub"))
-    for name, value in {"WINDOW": 64, "STRIDE": 64, "WINDOWS": 2}.items():
+    sizes = {"WINDOW": 64, "STRIDE": 64, "WINDOWS": 2, "CALIBRATION_SAMPLES": 2}
+    for name, value in sizes.items():
         monkeypatch.setattr(flow, name, value)
     model = save_model(tmp_path / "model")
 
@@ -36,7 +37,7 @@ def test_the_demo_passes_and_keeps_its_checkpoint(demo, tmp_path):
 
 
 def test_a_worse_perplexity_fails_the_demo(demo, monkeypatch):
-    monkeypatch.setattr(flow, "RATIO_LIMIT", 0.5)
+    monkeypatch.setattr(flow, "RATIO_LIMIT", {1: 0.5, 2: 0.5})
     result = demo()
     assert result.exit_code == 1
     assert "times the original's, wanted at most 0.5." in result.stderr
@@ -54,12 +55,12 @@ def test_an_occupied_output_is_left_alone(demo, tmp_path):
     (tmp_path / "kept").mkdir()
     (tmp_path / "kept" / "mine.txt").write_text("mine")
     result = demo("--output", str(tmp_path / "kept"))
-    assert result.exit_code == 1
-    assert "[folder-occupied]" in result.stderr
+    assert result.exit_code == 2
+    assert "exists and is not empty; nothing is overwritten" in result.stderr
     assert (tmp_path / "kept" / "mine.txt").read_text() == "mine"
 
 
-def test_a_format_that_needs_calibration_is_wrong_use(demo):
-    result = demo("--format", "NVFP4")
+def test_an_unknown_format_is_wrong_use(demo):
+    result = demo("--format", "FP5")
     assert result.exit_code == 2
-    assert "NVFP4 needs calibrated activation scales" in result.stderr
+    assert "the format 'FP5', wanted one of FP8," in result.stderr

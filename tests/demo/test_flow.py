@@ -11,7 +11,6 @@ from rich.console import Console
 
 import mokernels
 from mokernels.demo import flow, report
-from mokernels.demo.convert import choose_format
 from mokernels.demo.flow import Measured, Outcome, Request
 from mokernels.demo.perplexity import Perplexity
 from mokernels.demo.source import Source, load_original
@@ -36,6 +35,7 @@ def _short_text(monkeypatch):
     monkeypatch.setattr(flow, "WINDOW", 64)
     monkeypatch.setattr(flow, "STRIDE", 64)
     monkeypatch.setattr(flow, "WINDOWS", 3)
+    monkeypatch.setattr(flow, "CALIBRATION_SAMPLES", 2)
 
 
 @pytest.fixture
@@ -43,12 +43,12 @@ def request_for(tmp_path):
     source = Source(save_model(tmp_path / "model", tied=True), None, "tiny")
 
     def make(format="FP8_PER_CHANNEL_PER_TOKEN", **options) -> Request:
-        return Request(source, choose_format(format), max_new_tokens=6, **options)
+        return Request(source, FORMATS[format], max_new_tokens=6, **options)
 
     return make
 
 
-@pytest.mark.parametrize("format", ["FP8", "FP8_PER_CHANNEL_PER_TOKEN", "FP8_PB_WO", "MXFP8"])
+@pytest.mark.parametrize("format", sorted(FORMATS))
 def test_end_to_end(request_for, tmp_path, format):
     recorder = Recorder()
     request = request_for(format, output=tmp_path / "kept" / "checkpoint", prompt="Why?")
@@ -146,7 +146,7 @@ def test_the_tables_hold_the_numbers():
     }
     calibration = {name: row.split("│")[5].strip() for name, row in rows.items()}
     assert calibration == {
-        "FP8": "optional",
+        "FP8": "required",
         "FP8_PER_CHANNEL_PER_TOKEN": "none",
         "FP8_PB_WO": "none",
         "NVFP4": "required",

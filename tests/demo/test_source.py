@@ -148,7 +148,7 @@ def test_a_dequantized_model_says_nothing_of_quantization():
 
 def test_importing_the_demo_costs_no_transformers():
     code = (
-        "import sys, mokernels.demo.convert, mokernels.demo.source, mokernels.demo.report;"
+        "import sys, mokernels.demo.source, mokernels.demo.report;"
         "assert not {'transformers', 'huggingface_hub'} & sys.modules.keys()"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
