@@ -22,12 +22,14 @@ class Target:
         arch: compute capability as an int (90 for sm_90), or AMD's architecture name.
         processors: streaming multiprocessors or compute units; only sizes grids and splits.
         shared_memory: bytes of shared memory that one program may use.
+        device: name of the very device, for what was measured on it; empty for a kind of device.
     """
 
     backend: Backend
     arch: int | str
     processors: int
     shared_memory: int
+    device: str = ""
 
     @property
     def name(self) -> str:
@@ -97,8 +99,8 @@ def target_of(device: torch.device) -> Target:
         BackendError: the device is of another type, or too old for the kernels (below sm_80).
     """
     if device.type == "xpu":
-        units = torch.xpu.get_device_properties(device).gpu_subslice_count
-        return Target("xpu", "xpu", units, 64 * 1024)
+        found = torch.xpu.get_device_properties(device)
+        return Target("xpu", "xpu", found.gpu_subslice_count, 64 * 1024, found.name)
     if device.type != "cuda":
         raise BackendError(
             f"mokernels has no Triton kernels for device {str(device)!r}: wanted a CUDA, ROCm or "
@@ -108,11 +110,13 @@ def target_of(device: torch.device) -> Target:
     count = properties.multi_processor_count
     if torch.version.hip:
         arch = properties.gcnArchName.split(":")[0]
-        return Target("hip", arch, count, 160 * 1024 if arch == "gfx950" else 64 * 1024)
+        shared = 160 * 1024 if arch == "gfx950" else 64 * 1024
+        return Target("hip", arch, count, shared, properties.name)
     capability = 10 * properties.major + properties.minor
     if capability < 80:
         raise BackendError(
             f"{properties.name} has compute capability {properties.major}.{properties.minor}; "
             "mokernels' kernels need at least 8.0 (Ampere). Run the model on the CPU instead."
         )
-    return Target("cuda", capability, count, properties.shared_memory_per_block_optin)
+    shared = properties.shared_memory_per_block_optin
+    return Target("cuda", capability, count, shared, properties.name)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mokernels.invariance import is_batch_invariant
 from mokernels.ops.checks import dtype_or, out_dtype_of
-from mokernels.ops.configs import Kind, choose, choose_without_tma, kind_of_fp8
+from mokernels.ops.configs import Kind, choose_without_tma, kind_of_fp8
 from mokernels.ops.kernels.gemm_block import gemm_block
 from mokernels.ops.kernels.gemm_epilogue import gemm_epilogue
 from mokernels.ops.kernels.gemm_native import gemm_native
@@ -38,6 +38,7 @@ from mokernels.ops.launch.product import (
 )
 from mokernels.ops.launch.quantize import plan_dequantize_mxfp8, plan_dequantize_nvfp4
 from mokernels.ops.target import Target, target_of
+from mokernels.ops.tuned import choose
 
 
 def fp8_gemm(
