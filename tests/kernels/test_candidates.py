@@ -1,0 +1,116 @@
+"""Every candidate of a choice computes the closed form's result, bit for bit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+
+from mokernels.formats import FORMATS, Activation
+from mokernels.ops.config_tables import GemmConfig
+from mokernels.ops.configs import Kind
+from mokernels.ops.layer_kinds import kind_of_layer
+from mokernels.ops.target import SM_80, SM_89, SM_90, SM_100, Target, target_of
+from mokernels.tuning import Job, Product, jobs_for
+from mokernels.tuning.device import DeviceBench
+from tests.kernels.products import few_processors
+from tests.support import interpreted_dots
+from tests.support.interpreter import interpreting
+
+
+@dataclass(frozen=True)
+class Case:
+    """A layer, the number of rows whose range is tried, and the target that chooses."""
+
+    format: str
+    activation: Activation
+    rows: int
+    target: Target
+
+    def __str__(self) -> str:
+        return f"{self.format}-{self.activation.value}-{self.rows}-{self.target.name}"
+
+
+# Together they launch every kernel of matrix instructions, split and whole, swapped and not.
+CASES = [
+    Case("FP8", Activation.FP8_STATIC, 16, SM_90),
+    Case("FP8_PER_CHANNEL_PER_TOKEN", Activation.FP8_PER_TOKEN, 256, SM_89),
+    Case("FP8_PB_WO", Activation.FP8_BLOCK, 16, SM_90),
+    Case("FP8_PB_WO", Activation.NONE, 128, SM_80),
+    Case("NVFP4", Activation.NVFP4, 16, SM_90),
+    Case("NVFP4", Activation.NVFP4, 32, SM_100),
+    Case("MXFP8", Activation.MXFP8, 64, SM_90),
+]
+ROWS, N, K = 70, 120, 1056
+
+
+@pytest.fixture(autouse=True)
+def dots_in_order(monkeypatch):
+    """The interpreter's dot adds as BLAS does, which looks at the tile; a GPU's does not."""
+    if interpreting():
+        monkeypatch.setattr(interpreted_dots, "matrix_product", interpreted_dots.product_in_order)
+
+
+def bench_of(case: Case, device: torch.device) -> tuple[DeviceBench, Job]:
+    """A bench with the case's operands, of which results show every bit where they can."""
+    target = few_processors(case.target if interpreting() else target_of(device))
+    product = Product(FORMATS[case.format], case.activation, N, K)
+    job = next(j for j in jobs_for([product], target) if j.key.rows == case.rows)
+    bench = DeviceBench(device, target=target, seconds=lambda call: 1.0, cache_bytes=0)
+    bench.prepare(job)
+    # Few rows of every tile, and, where the kind of product allows it, a result in fp32.
+    dtype = torch.bfloat16 if case.activation is Activation.NONE else torch.float32
+    bench._inputs = [x[:ROWS].to(dtype) for x in bench._inputs]
+    return bench, job
+
+
+def different(candidates: tuple[GemmConfig, ...]) -> list[GemmConfig]:
+    """Those that the interpreter tells apart: it has neither warps nor a pipeline."""
+    if not interpreting():
+        return list(candidates)
+    tiles = {(c.block_m, c.block_n, c.group_m): c for c in reversed(candidates)}
+    return list(tiles.values())
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_all_candidates_give_the_same_bits(device, case):
+    bench, job = bench_of(case, device)
+    expected = bench.result(job.candidates[0])
+    assert not expected.isnan().any()
+    tried = different(job.candidates)
+    assert len(tried) >= 2
+    for config in tried:
+        found = bench.result(config)
+        assert torch.equal(found.view(torch.uint8), expected.view(torch.uint8)), config
+
+
+def test_another_order_gives_other_bits(device):
+    # Else the test above could not fail.
+    bench, job = bench_of(CASES[0], device)
+    base = job.candidates[0]
+    assert base.split_k > 1
+    found = bench.result(replace(base, split_k=1))
+    assert not torch.equal(found, bench.result(base))
+
+
+def test_the_clock_runs_every_copy(device):
+    bench, job = bench_of(CASES[0], device)
+    assert job.rows == (1, 16)
+    calls = []
+    bench._clock = lambda call: calls.append(call) or 3.0
+    bench._weights = bench._weights * 3
+    assert bench.seconds(job.candidates[0]) == pytest.approx(1.0)
+    assert len(calls) == 2
+
+
+def test_every_case_launches_its_kind():
+    kinds = {kind_of_layer(FORMATS[c.format], c.activation, c.target) for c in CASES}
+    assert kinds == {
+        Kind.FP8,
+        Kind.FP8_BLOCK,
+        Kind.HALF_BLOCK,
+        Kind.HALF_NVFP4,
+        Kind.HALF_MXFP8,
+        Kind.NVFP4,
+    }
