@@ -19,6 +19,7 @@ GROUPS = {
     "layer": models.layer_cases,
     "product": gemms.product_cases,
     "host": host.host_cases,
+    "plan": host.plan_cases,
     "cpu": models.cpu_cases,
 }
 """Makers of cases, by the name that the command line knows them by."""

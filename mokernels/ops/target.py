@@ -1,9 +1,12 @@
-"""What a device can do, as questions about features; the only place that knows architectures."""
+"""What a device can do, as questions about features; the only place that knows architectures.
+
+Answers are kept, since every eager call asks some of them.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import Literal
 
 import torch
@@ -36,32 +39,32 @@ class Target:
         """``sm_90``, ``gfx942``, ``xpu``."""
         return f"sm_{self.arch}" if self.backend == "cuda" else str(self.arch)
 
-    @property
+    @cached_property
     def has_fp8_type(self) -> bool:
         """Triton accepts e4m3fn pointers and casts; elsewhere codes are bytes, decoded by bits."""
         return (self._cuda_at_least(89)) or self.arch == "gfx950"
 
-    @property
+    @cached_property
     def has_fp8_dot(self) -> bool:
         """The matrix units multiply e4m3fn by e4m3fn."""
         return self.has_fp8_type
 
-    @property
+    @cached_property
     def casts_fp8_once(self) -> bool:
         """A cast from fp32 to e4m3fn rounds once. Triton 3.6 goes through fp16 on sm_89."""
         return self._cuda_at_least(90)
 
-    @property
+    @cached_property
     def has_block_scaled_dot(self) -> bool:
         """The matrix units apply NVFP4 and MXFP8 block scales themselves (tcgen05, mma.sync)."""
         return self._cuda_at_least(100)
 
-    @property
+    @cached_property
     def has_tma(self) -> bool:
         """A unit copies blocks of matrices to shared memory by descriptors (Hopper and later)."""
         return self._cuda_at_least(90)
 
-    @property
+    @cached_property
     def wants_swapped_operands(self) -> bool:
         """Few tokens have to be the N side of the matrix instruction, the weight its M side.
 
@@ -70,7 +73,7 @@ class Target:
         """
         return self.arch in (90, 100, 103)
 
-    @property
+    @cached_property
     def promotes_accumulator(self) -> bool:
         """FP8 products are summed with fewer bits than fp32 unless promoted every 128 (Hopper)."""
         return self.arch == 90

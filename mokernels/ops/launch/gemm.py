@@ -9,7 +9,6 @@ as are activations whose leading dimensions cannot be seen as one.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -325,7 +324,8 @@ def _plan_fp8(
     if config.tma and not (tma_reads(x, target) and tma_reads(w, target)):
         config = choose_without_tma(kind, m, n, k, target, plan_n, invariant)
     block_scale_w = dense_columns(scale_b) if scale_b.dim() == 2 else None
-    ending = replace(ending, scale_w=scale_b if block_scale_w is None else None)
+    if block_scale_w is None:
+        ending = Ending(ending.out, ending.bias, ending.scale_x, scale_b)
     if block_scale_x is None and block_scale_w is None and not config.tma:
         operands = Operands((x, w), (x.stride(0), w.stride(0)), (m, n, k))
         return plan_product(
