@@ -175,6 +175,8 @@ def test_what_a_run_prints(folder, tmp_path):
     count = len(outcome.winners)
     assert f"{count} choices measured, {faster} faster than the closed form's." in text
     assert "100.0%" in text
+    assert f"at least 90% of the best found in {count - faster} of {count} choices" in text
+    assert "at worst 50%, for fp8" in text
     assert f"{len(kept.winners)} are in {tmp_path / 'file.json'}" in text
     outcome.interrupted = True
     outcome.refused = [f"fp8: config {n}: RuntimeError: no" for n in range(9)]
