@@ -150,7 +150,7 @@ def test_layers_of_gemlite_are_made_without_taking_the_weight(
     contender = peers.gemlite_fp8(product).make()
     assert len(contender.calls) == larger.copies(16 * 32) == 5
     assert all(torch.equal(call(), product.x @ product.weight.t()) for call in contender.calls)
-    with pytest.raises(UnavailableError, match="this gemlite has no gemlite.helper.A16W4_MXFP"):
+    with pytest.raises(UnavailableError, match="this gemlite has no gemlite"):
         peers.gemlite_mxfp4(product).make()
 
 
