@@ -36,8 +36,10 @@ FEW_ROWS = 64
 """Up to this bucket a tile has all rows: fewer would read the weight twice, more are padding."""
 _SUMS_OF_A_THREAD = 128
 """Most accumulators of a thread in registers; more spill beside the operands."""
-_HALF_OF_THEM = (Kind.FP8_BLOCK, Kind.HALF_BLOCK)
-"""Kinds with a second accumulator, of one K step; so has a product with promotion."""
+_HALF_OF_THEM = (
+    *(Kind.FP8_BLOCK, Kind.HALF_BLOCK),  # with a second accumulator, as with promotion
+    *(Kind.HALF_FP8, Kind.HALF_NVFP4, Kind.HALF_MXFP8),  # with a decoded tile of the weight
+)
 
 
 def candidates_of(base: GemmConfig, kind: Kind, target: Target) -> tuple[GemmConfig, ...]:

@@ -9,6 +9,7 @@ as are activations whose leading dimensions cannot be seen as one.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch

@@ -6,8 +6,10 @@ from collections.abc import Callable
 
 import triton.testing
 
-REPEAT_MS = 20
-"""Milliseconds of calls in one captured graph, of whose replays the median counts."""
+REPEAT_MS = 2
+"""Milliseconds of calls in one captured graph, of whose ten replays the median counts: a few
+hundred calls, since capturing more takes longer than replaying them, and a captured call may own
+memory."""
 
 
 def graph_seconds(call: Callable[[], object]) -> float:
