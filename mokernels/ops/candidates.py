@@ -106,7 +106,7 @@ def _candidates(base: GemmConfig, kind: Kind, target: Target) -> tuple[GemmConfi
     legal = {
         config
         for config in _neighbours(base)
-        if objection(config, base, kind, target) is None and _keeps_registers(config, kind, target)
+        if objection(config, base, kind, target) is None and _keeps_registers(config, kind)
     }
     others = sorted(legal - {base}, key=lambda config: _distance(config, base))
     return (base, *others[: MOST_CANDIDATES - 1])
@@ -133,10 +133,8 @@ def _is_sane(config: GemmConfig) -> bool:
     return tile and warps and 1 <= config.num_stages <= 16 and 1 <= config.group_m <= 64
 
 
-def _keeps_registers(config: GemmConfig, kind: Kind, target: Target) -> bool:
-    """Whether a thread's sums leave registers for the rest; tcgen05 keeps sums elsewhere."""
-    if generation(target) == "tcgen05" and kind is not Kind.FP32:
-        return config.block_m * config.block_n <= 128 * 256
+def _keeps_registers(config: GemmConfig, kind: Kind) -> bool:
+    """Whether a thread's sums leave registers for the rest, in the loop and at its end."""
     most = _SUMS_OF_A_THREAD
     if kind in _HALF_OF_THEM or config.promote is not None:
         most //= 2
