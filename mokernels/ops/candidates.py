@@ -14,6 +14,9 @@ reaches a sum as long as the matrix instruction stays the same one, which is wha
   along K are twice as long.
 - mma.sync has one shape for a dtype, and fp32 has none: its products are added one by one.
 
+Which operand is the M side changes no order where the instruction is one for both sides; it is kept
+all the same, since on Hopper and Blackwell it decides which tiles have the instruction at all.
+
 The GEMV adds its threads' sums at the end, in an order that tile and warps decide: nothing varies.
 """
 

@@ -8,11 +8,10 @@ Hopper's accumulator is added to an fp32 one). :attr:`GemmConfig.order` holds th
 rows of a table agree in ``block_k`` and ``promote``, so that for one kind and target only
 ``split_k`` depends on the shape.
 
-Everything else may vary without changing a bit, as long as the matrix instruction stays the same
-(:mod:`mokernels.ops.candidates`): ``block_m``, ``block_n``, ``group_m``, ``num_warps``,
-``num_stages`` and ``swap`` (which operand is the M side of the instruction). That holds because no
-kernel sums over K inside a program other than by the matrix instruction and by adding its results.
-The GEMV is the exception, its threads' sums being added at the end: it has one
+Tuning may vary everything else without changing a bit: ``block_m``, ``block_n``, ``group_m``,
+``num_warps``, ``num_stages`` and ``swap`` (which operand is the M side of the instruction). That
+holds because no kernel sums over K inside a program other than by the matrix instruction and by
+adding its results. The GEMV is the exception, its threads' sums being added at the end: it has one
 configuration for a target, whatever the shape, and ``block_k`` tells the number of threads.
 
 ``split_k`` is a function of N, K, the bucket of M and the number of processors. N is ``plan_n``,

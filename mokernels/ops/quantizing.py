@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Literal
 
 from mokernels.formats import FP8_BLOCK
-from mokernels.ops.config_tables import GemmConfig
+from mokernels.ops.configs import GemmConfig
 from mokernels.ops.target import Target
 
 Activations = Literal["static", "token", "block"]

@@ -76,7 +76,7 @@ def plan_quantizing_gemm(
     out = x.new_empty((*x.shape[:-1], n))
     w = dense_columns(b)
     if static is not None:
-        factor, scale_x = static.multiplier, static.scale
+        factor, scale_x = static.multiplier.reshape(-1), static.scale
     elif config.split == "parts":
         factor = scale_x = x.new_empty(m, dtype=torch.float32)
     else:
