@@ -116,12 +116,12 @@ def _candidates(base: GemmConfig, kind: Kind, target: Target) -> tuple[GemmConfi
 
 
 def _neighbours(base: GemmConfig) -> Iterator[GemmConfig]:
-    """Tiles of half and twice the size, other warps, pipelines a step or two deeper or flatter."""
+    """Tiles of half and twice the size, other warps, pipelines a step flatter or some deeper."""
     few = base.block_m <= FEW_ROWS
     block_m = (base.block_m,) if few else (base.block_m // 2, base.block_m, 2 * base.block_m)
     block_n = (base.block_n // 2, base.block_n, 2 * base.block_n)
     warps = (base.num_warps // 2, base.num_warps, 2 * base.num_warps)
-    stages = range(base.num_stages - 1, base.num_stages + 3)
+    stages = range(base.num_stages - 1, base.num_stages + 4)
     groups = (base.group_m,) if few else (base.group_m, 2 * base.group_m)
     for m, n, w, s, g in product(block_m, block_n, warps, stages, groups):
         yield replace(base, block_m=m, block_n=n, num_warps=w, num_stages=s, group_m=g)

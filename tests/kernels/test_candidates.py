@@ -9,7 +9,7 @@ import torch
 
 from mokernels.formats import FORMATS, Activation
 from mokernels.ops.config_tables import GemmConfig
-from mokernels.ops.configs import Kind
+from mokernels.ops.configs import ANY_M, M_BUCKETS, Kind, bucket
 from mokernels.ops.layer_kinds import kind_of_layer
 from mokernels.ops.target import SM_80, SM_89, SM_90, SM_100, Target, target_of
 from mokernels.tuning import Job, Product, jobs_for
@@ -29,20 +29,24 @@ class Case:
     target: Target
 
     def __str__(self) -> str:
-        return f"{self.format}-{self.activation.value}-{self.rows}-{self.target.name}"
+        rows = "more" if self.rows == ANY_M else self.rows
+        return f"{self.format}-{self.activation.value}-{rows}-{self.target.name}"
 
 
 # Together they launch every kernel of matrix instructions, split and whole, swapped and not.
 CASES = [
     Case("FP8", Activation.FP8_STATIC, 16, SM_90),
     Case("FP8_PER_CHANNEL_PER_TOKEN", Activation.FP8_PER_TOKEN, 256, SM_89),
+    Case("FP8_PER_CHANNEL_PER_TOKEN", Activation.FP8_PER_TOKEN, ANY_M, SM_90),
     Case("FP8_PB_WO", Activation.FP8_BLOCK, 16, SM_90),
     Case("FP8_PB_WO", Activation.NONE, 128, SM_80),
     Case("NVFP4", Activation.NVFP4, 16, SM_90),
     Case("NVFP4", Activation.NVFP4, 32, SM_100),
     Case("MXFP8", Activation.MXFP8, 64, SM_90),
 ]
-ROWS, N, K = 70, 120, 1056
+N = 120
+FEW_K, MANY_K = 1056, 288
+"""Enough blocks of K to be split for few rows; what a last short step takes, for many."""
 
 
 @pytest.fixture(autouse=True)
@@ -55,13 +59,17 @@ def dots_in_order(monkeypatch):
 def bench_of(case: Case, device: torch.device) -> tuple[DeviceBench, Job]:
     """A bench with the case's operands, of which results show every bit where they can."""
     target = few_processors(case.target if interpreting() else target_of(device))
-    product = Product(FORMATS[case.format], case.activation, N, K)
+    k = FEW_K if case.rows <= 128 else MANY_K
+    product = Product(FORMATS[case.format], case.activation, N, k)
     job = next(j for j in jobs_for([product], target) if j.key.rows == case.rows)
     bench = DeviceBench(device, target=target, seconds=lambda call: 1.0, cache_bytes=0)
     bench.prepare(job)
-    # Few rows of every tile, and, where the kind of product allows it, a result in fp32.
+    # The fewest rows of the range, and, where the kind of product allows it, a result in fp32.
     dtype = torch.bfloat16 if case.activation is Activation.NONE else torch.float32
-    bench._inputs = [x[:ROWS].to(dtype) for x in bench._inputs]
+    fewest = max((end for end in M_BUCKETS if end < job.key.rows), default=1) + 1
+    few = case.rows == M_BUCKETS[0]  # one row, and as many as a tile has
+    bench._inputs = [x.to(dtype) if few else x[:fewest].to(dtype) for x in bench._inputs]
+    assert {bucket(x.shape[0]) for x in bench._inputs} == {job.key.rows}
     return bench, job
 
 

@@ -31,7 +31,7 @@ def compiled(monkeypatch) -> list[Launch]:
     def compile(launch: Launch) -> None:
         with lock:
             found.append(launch)
-        if launch.num_stages == 7:
+        if launch.num_stages == 9:
             raise RuntimeError("out of resource:\nshared memory")
 
     monkeypatch.setattr(DeviceBench, "_compile", lambda self, launch: launch.compile())
@@ -59,7 +59,7 @@ def test_each_kernel_is_compiled_once(compiled):
 def test_what_does_not_compile_is_named_with_the_reason(compiled):
     broken = bench(FEW).compile(FEW.candidates)
     assert broken
-    assert set(broken) == {config for config in FEW.candidates if config.num_stages == 7}
+    assert set(broken) == {config for config in FEW.candidates if config.num_stages == 9}
     assert set(broken.values()) == {"RuntimeError: out of resource:"}
 
 
