@@ -186,6 +186,44 @@ def test_what_a_run_prints(folder, tmp_path):
     assert "left out: 4 more (no)" in text
 
 
+class GpuBench(FakeBench):
+    """Stands in for the GPU's own bench."""
+
+    def __init__(self, device: torch.device):
+        super().__init__(times=half_as_long)
+        assert device == torch.device("cuda", 0)
+        self.target = H100
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    monkeypatch.setattr(tuning, "require_gpu", lambda name: torch.device("cuda", 0))
+    monkeypatch.setattr(tuning, "target_of", lambda device: H100)
+    monkeypatch.setattr(tuning, "DeviceBench", GpuBench)
+
+
+def test_the_command_on_a_gpu(folder, gpu):
+    result = run("tune", folder)
+    path = tuned.user_file(H100.device)
+    assert f"{len(read_table(path).winners)} are in {path}" in result.stdout
+    assert "winners" in result.stdout
+    assert "0 choices measured" in run("tune", folder).stdout
+
+
+def test_the_command_writes_where_it_is_told(folder, gpu, tmp_path):
+    run("tune", folder, "--output", tmp_path / "shipped.json")
+    assert read_table(tmp_path / "shipped.json").device == H100.device
+    assert not tuned.user_file(H100.device).exists()
+
+
+def test_an_interrupted_command_says_so(folder, gpu, monkeypatch):
+    def stopped(self, config):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(GpuBench, "seconds", stopped)
+    assert "interrupted, run it again to go on" in run("tune", folder, code=1).stdout
+
+
 def test_a_device_that_runs_nothing_is_an_error(folder, tmp_path):
     class Broken(FakeBench):
         def compile(self, candidates):

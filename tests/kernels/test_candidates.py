@@ -12,7 +12,7 @@ from mokernels.ops.config_tables import GemmConfig
 from mokernels.ops.configs import ANY_M, M_BUCKETS, Kind, bucket
 from mokernels.ops.layer_kinds import kind_of_layer
 from mokernels.ops.target import SM_80, SM_89, SM_90, SM_100, Target, target_of
-from mokernels.tuning import Job, Product, jobs_for
+from mokernels.tuning import Job, Product, jobs_for, search
 from mokernels.tuning.device import DeviceBench
 from tests.kernels.products import few_processors
 from tests.support import interpreted_dots
@@ -110,6 +110,19 @@ def test_the_clock_runs_every_copy(device):
     bench._weights = bench._weights * 3
     assert bench.seconds(job.candidates[0]) == pytest.approx(1.0)
     assert len(calls) == 2
+
+
+def test_a_gpu_compiles_and_times_candidates(device):
+    if interpreting():
+        pytest.skip("there is nothing to compile or to time in the interpreter")
+    product = Product(FORMATS["FP8"], Activation.FP8_STATIC, 1024, 2048)
+    (job, *_) = jobs_for([product], target_of(device))
+    job = replace(job, candidates=job.candidates[:3])
+    outcome = search([job], DeviceBench(torch.device("cuda", torch.cuda.current_device())))
+    assert outcome.refused == []
+    winner = outcome.winners[job.key]
+    assert winner.config in job.candidates
+    assert 1 < winner.us <= winner.closed_form_us < 1000
 
 
 def test_every_case_launches_its_kind():
