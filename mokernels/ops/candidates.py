@@ -27,7 +27,7 @@ from dataclasses import fields, replace
 from functools import cache
 from itertools import product
 
-from mokernels.ops.config_limits import config_ok
+from mokernels.ops.config_limits import NARROW, config_ok, narrowed
 from mokernels.ops.config_tables import GemmConfig, Kind, generation
 from mokernels.ops.target import Target
 
@@ -73,7 +73,7 @@ def objection(config: GemmConfig, base: GemmConfig, kind: Kind, target: Target) 
             return f"its {name} is {found} and the closed form's is {wanted}, so it adds otherwise"
     if kind is Kind.GEMV_NVFP4:
         return "a GEMV adds in an order that its tile and warps decide, so that nothing may vary"
-    if not _is_sane(config) or not config_ok(config, kind, target):
+    if not _is_sane(config) or not all(config_ok(c, kind, target) for c in _launched(config)):
         return f"its program does not fit {target.name}"
     if instruction_rows(config, kind, target) != instruction_rows(base, kind, target):
         return "its tile takes another matrix instruction than the closed form's"
@@ -125,6 +125,12 @@ def _neighbours(base: GemmConfig) -> Iterator[GemmConfig]:
     groups = (base.group_m,) if few else (base.group_m, 2 * base.group_m)
     for m, n, w, s, g in product(block_m, block_n, warps, stages, groups):
         yield replace(base, block_m=m, block_n=n, num_warps=w, num_stages=s, group_m=g)
+
+
+def _launched(config: GemmConfig) -> tuple[GemmConfig, ...]:
+    """The configurations that are launched for one: by TMA, for some shapes, half as wide tiles."""
+    by_halves = config.tma and config.block_n > NARROW
+    return (config, narrowed(config)) if by_halves else (config,)
 
 
 def _is_sane(config: GemmConfig) -> bool:

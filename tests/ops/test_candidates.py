@@ -14,7 +14,7 @@ from mokernels.ops.candidates import (
     instruction_rows,
     objection,
 )
-from mokernels.ops.config_limits import config_ok
+from mokernels.ops.config_limits import config_ok, narrowed
 from mokernels.ops.config_tables import GemmConfig
 from mokernels.ops.configs import M_BUCKETS, Kind, all_configs, choose
 from mokernels.ops.target import SM_80, SM_90, SM_100
@@ -124,6 +124,15 @@ def test_few_rows_stay_in_one_tile(choice, m, n):
     base = choose(kind, m, n, 4096, target)
     if base.block_m <= 64:
         assert {c.block_m for c in candidates_of(base, kind, target)} == {base.block_m}
+
+
+def test_by_tma_tiles_of_half_the_width_fit_too():
+    base = choose(Kind.FP8_FAST, 4096, 28672, 4096, SM_90)
+    assert base.tma
+    assert base.block_n == 256
+    wide = [c for c in candidates_of(base, Kind.FP8_FAST, SM_90) if c.block_n > 128]
+    assert len(wide) > 1
+    assert all(config_ok(narrowed(c), Kind.FP8_FAST, SM_90) for c in wide)
 
 
 def test_every_choice_of_a_table_is_its_own_candidate():

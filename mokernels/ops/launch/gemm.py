@@ -9,7 +9,6 @@ as are activations whose leading dimensions cannot be seen as one.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
