@@ -11,8 +11,11 @@ import torch
 from torch._dynamo.testing import CompileCounter
 
 from bench.support import gemms, llama, models, peers
-from bench.support.catalog import GROUPS, cases, one_of_each, small_setting
+from bench.support.catalog import GROUPS, cases, note_on_launches, one_of_each, small_setting
 from bench.support.contest import Case, Setting, UnavailableError, measure
+from mokernels.ops import tuned
+from mokernels.ops.table_files import Table, write_table
+from mokernels.ops.target import SM_90
 
 CPU = torch.device("cpu")
 # Reasons for which a peer may be missing from a tiny run on the CPU; any other is an error of ours.
@@ -152,6 +155,17 @@ def test_layers_of_gemlite_are_made_without_taking_the_weight(
     assert all(torch.equal(call(), product.x @ product.weight.t()) for call in contender.calls)
     with pytest.raises(UnavailableError, match="this gemlite has no gemlite"):
         peers.gemlite_mxfp4(product).make()
+
+
+def test_results_say_who_chooses_the_launches(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("MOKERNELS_CACHE", str(tmp_path))
+    tuned.forget()
+    target = replace(SM_90, device="Some GPU")
+    assert note_on_launches(target) == "Every launch is the closed form's choice."
+    write_table(tuned.user_file("Some GPU"), Table("Some GPU", "sm_90", "2", "3", "2026-01-31"))
+    tuned.forget()
+    assert "`mokernels tune` found fastest on 2026-01-31" in note_on_launches(target)
+    tuned.forget()
 
 
 def _linear(name: str, m: int) -> Case:
