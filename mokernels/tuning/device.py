@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -94,7 +94,7 @@ class DeviceBench:
     @contextmanager
     def _forced(self, config: GemmConfig) -> Iterator[None]:
         assert self._job is not None  # prepare() comes first
-        with torch.no_grad(), forced(self._job.key, config):
+        with torch.no_grad(), forced(self._job.key, config), on_device(self.device):
             yield
 
     def _calls(self, x: Tensor) -> Callable[[], object]:
@@ -117,8 +117,16 @@ class DeviceBench:
         return plan_layer(product.format, product.activation, x, weight, target=self.target)
 
     def _compile(self, launch: Any) -> None:
-        with torch.get_device_module(self.device).device(self.device):
+        with on_device(self.device):  # every thread has a current device of its own
             launch.compile()
+
+
+def on_device(device: torch.device) -> AbstractContextManager[Any]:
+    """Makes a device the current one: graphs are captured, and kernels compiled, for that."""
+    if device.type == "cpu":
+        return nullcontext()
+    context: AbstractContextManager[Any] = torch.get_device_module(device).device(device)
+    return context
 
 
 def l2_bytes(device: torch.device) -> int:

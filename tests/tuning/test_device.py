@@ -34,7 +34,6 @@ def compiled(monkeypatch) -> list[Launch]:
         if launch.num_stages == 9:
             raise RuntimeError("out of resource:\nshared memory")
 
-    monkeypatch.setattr(DeviceBench, "_compile", lambda self, launch: launch.compile())
     monkeypatch.setattr(Launch, "compile", compile)
     return found
 
@@ -102,6 +101,26 @@ def test_the_device_is_the_one_that_is_asked_for(monkeypatch):
     assert require_gpu("cuda:1") == torch.device("cuda", 1)
     with pytest.raises(BackendError, match="--device is 'xpu'"):
         require_gpu("xpu")
+
+
+def test_graphs_are_captured_on_the_device(monkeypatch):
+    entered = []
+
+    class Current:
+        def __init__(self, device):
+            self.device = device
+
+        def __enter__(self):
+            entered.append(self.device)
+
+        def __exit__(self, *error):
+            entered.append(None)
+
+    monkeypatch.setattr(torch.cuda, "device", Current)
+    made = bench(FEW, seconds=lambda call: entered.append("timed") or 1.0)
+    made.device = torch.device("cuda", 1)
+    made.seconds(FEW.candidates[0])
+    assert entered == [torch.device("cuda", 1), "timed", "timed", None]
 
 
 def test_one_configuration_is_measured_at_a_time(compiled):
