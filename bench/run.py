@@ -91,13 +91,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         say(f"measured ceilings: {setting.ceilings}")
     run_all(run, chosen, setting)
     files = run.write(setting)
-    if options.plot and folder is not None:
-        from bench.support.roofline import plot
-
-        files.append(plot(run.machine, run.rows, setting.ceilings, folder))
+    if options.plot and files and folder is not None:
+        files += draw(run, setting, folder)
     for file in files:
         say(f"wrote {file.name}")
     return 1 if any("no time" not in why for why in run.failures.values()) else 0
+
+
+def draw(run: Run, setting: Setting, folder: Path) -> list[Path]:
+    """The roofline's file; without matplotlib none, which is said."""
+    try:
+        from bench.support.roofline import plot
+
+        return [plot(run.machine, run.rows, setting.ceilings, folder, run.part)]
+    except ImportError as error:
+        say(f"no roofline was drawn: {error}. Install matplotlib, or pass --no-plot.")
+        return []
 
 
 def run_all(run: Run, chosen: Sequence[Case], setting: Setting) -> None:
@@ -135,7 +144,7 @@ def parser() -> argparse.ArgumentParser:
     add("--out", type=Path, help="folder for the results, bench/results by default")
     add("--part", default="", help="end of the files' names, for one of several runs")
     add("--note", default="", help="a sentence for the results")
-    add("--plot", action="store_true", help="also draw a roofline")
+    add("--plot", action=argparse.BooleanOptionalAction, default=True, help="draw a roofline")
     add(
         "--small",
         action="store_true",

@@ -11,6 +11,8 @@ from bench.support import activations, gemms, host, models
 from bench.support.contest import Case, Setting
 from bench.support.machine import l2_bytes, measure_ceilings
 from bench.support.timing import Clock, GraphClock, WallClock
+from mokernels.ops.target import Target, target_of
+from mokernels.ops.tuned import tables_of
 
 GROUPS = {
     "decode": models.decode_cases,
@@ -19,6 +21,7 @@ GROUPS = {
     "layer": models.layer_cases,
     "product": gemms.product_cases,
     "host": host.host_cases,
+    "plan": host.plan_cases,
     "cpu": models.cpu_cases,
 }
 """Makers of cases, by the name that the command line knows them by."""
@@ -66,7 +69,18 @@ def note_for(device: torch.device, small: bool) -> str:
         return "TINY SHAPES: these numbers say that the benchmarks run, and nothing about speed."
     if device.type == "cpu":
         return f"Load average of the machine when the run began: {os.getloadavg()[0]:.1f}."
-    return ""
+    return note_on_launches(target_of(device))
+
+
+def note_on_launches(target: Target) -> str:
+    """Whether anything but the closed form chooses launches here."""
+    dates = [table.date for _, table in tables_of(target)]
+    if not dates:
+        return "Every launch is the closed form's choice."
+    return (
+        "Launches are those that `mokernels tune` found fastest on "
+        f"{' and '.join(dates)}, where it has measured; else the closed form's choice."
+    )
 
 
 def setting_for(device: torch.device, *, backend: str = "inductor") -> Setting:

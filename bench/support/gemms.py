@@ -137,7 +137,13 @@ KINDS = {
         _nvfp4,
         _nvfp4_values,
         _nvfp4_weight,
-        (peers.bf16_matmul, partial(peers.row_wise, fast=True), peers.tinygemm_int4),
+        (
+            peers.bf16_matmul,
+            partial(peers.row_wise, fast=True),
+            peers.tinygemm_int4,
+            peers.gemlite_nvfp4,
+            peers.gemlite_mxfp4,
+        ),
         unit="bf16",
         peer_bound=0.2,
         target=1.25,
@@ -147,7 +153,7 @@ KINDS = {
         _dynamic("mxfp8_linear"),
         lambda x, _: numerics.dequantize_mxfp8(*numerics.quantize_mxfp8(x)),
         _mxfp8_weight,
-        (peers.bf16_matmul, partial(peers.row_wise, fast=True)),
+        (peers.bf16_matmul, partial(peers.row_wise, fast=True), peers.gemlite_mxfp8),
         unit="bf16",
     ),
     "fp8_block_linear": Kind(

@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from functools import partial
 
 import torch
+from torch import Tensor
 
 from bench.support import gemms, peers
 from bench.support.checks import close_check, product_check
 from bench.support.contest import Case, Contender, Contest, Peer, Setting, Work
 from bench.support.timing import Call
 from mokernels import numerics
+from mokernels.formats import FORMATS, Activation
+from mokernels.ops.target import SM_90
 
 SIDE = 128
 NOTHING = Work(0.0, 0.0)
 # Operators that quantize inside the product launch one kernel, as _scaled_mm does; the others two.
 ONE_LAUNCH = ("fp8_linear", "fp8_per_token_linear", "fp8_weight_only_gemm")
+ACTIVATIONS = {
+    "fp8_per_token_linear": Activation.FP8_PER_TOKEN,
+    "fp8_linear": Activation.FP8_STATIC,
+    "nvfp4_linear": Activation.NVFP4,
+    "mxfp8_linear": Activation.MXFP8,
+    "fp8_block_linear": Activation.FP8_BLOCK,
+    "fp8_weight_only_gemm": Activation.NONE,
+}
 
 
 def host_cases() -> Iterator[Case]:
@@ -32,6 +44,41 @@ def host_cases() -> Iterator[Case]:
             device="any",
             host=True,
         )
+
+
+def plan_cases() -> Iterator[Case]:
+    """The part of an eager call that is Python of ours: choosing and describing its launches."""
+    for name in ACTIVATIONS:
+        for m in (1, 2048):
+            yield Case(
+                name=f"planning {name} M={m}",
+                group="host time of planning the launches of one call for an H100, N=K=128",
+                tier=3,
+                build=partial(_plan_contest, name, m),
+                facts={"operator": name, "m": m, "n": SIDE, "k": SIDE},
+                device="any",
+                host=True,
+            )
+
+
+def _plan_contest(name: str, m: int, setting: Setting) -> Contest:
+    from mokernels.ops.launch.layer import plan_layer
+
+    format = FORMATS[gemms.KINDS[name].format]
+    x = torch.randn(m, SIDE, device=setting.device).to(torch.bfloat16)
+    weight = (torch.randn(SIDE, SIDE, device=setting.device) * 0.02).to(torch.bfloat16)
+    leaves = gemms.stored(format.name, weight, x)
+    leaves["input_scale"] = leaves.get("input_divisor", leaves.get("input_scale"))
+
+    def plan() -> Tensor:
+        return plan_layer(format, ACTIVATIONS[name], x, leaves, target=SM_90)[0]
+
+    def shape(result: Tensor) -> float:
+        return 0.0 if (result.shape, result.dtype) == ((m, SIDE), x.dtype) else math.inf
+
+    alone = "allocating its result alone"
+    allocation = _entry(alone, lambda: x.new_empty(m, SIDE))
+    return Contest(_entry(name, plan), [Peer(alone, lambda: allocation)], shape, shape)
 
 
 def _contest(name: str, setting: Setting) -> Contest:

@@ -257,21 +257,42 @@ def int4_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     return (codes[:, ::2] << 4) | codes[:, 1::2], both.to(BF16)
 
 
-def gemlite_fp8(p: Product) -> Peer:
-    """gemlite's per-token FP8 layer, quantization included."""
-    name = "gemlite FP8 dynamic"
+def gemlite(p: Product, *, name: str, helper: str, bits: float, unit: str = "bf16") -> Peer:
+    """A layer of gemlite, quantization of the activations included where it has one.
+
+    Args:
+        p: what is multiplied.
+        name: in results.
+        helper: the class in ``gemlite.helper`` that makes the layer.
+        bits: of a weight, its scales included.
+        unit: matrix units that could do it fastest.
+    """
 
     def make() -> Contender:
-        helper = imported("gemlite.helper")
+        maker = getattr(imported("gemlite.helper"), helper, None)
+        if maker is None:
+            raise UnavailableError(f"this gemlite has no gemlite.helper.{helper}")
         linear = torch.nn.Linear(p.weight.shape[1], p.weight.shape[0], bias=False, dtype=BF16)
         linear.weight = torch.nn.Parameter(p.weight.clone(), requires_grad=False)
-        size = nbytes([p.weight]) // 2
-        build = helper.A8W8_fp8_dynamic(device=str(p.setting.device), dtype=BF16)
-        layers = [build.from_linear(linear) for _ in range(p.setting.copies(size))]
+        size = int(p.weight.numel() * bits / 8)
+        build = maker(device=str(p.setting.device), dtype=BF16)
+        # del_orig: by default the first layer would take the weight away from the others.
+        count = p.setting.copies(size)
+        layers = [build.from_linear(linear, del_orig=False) for _ in range(count)]
         calls = [partial(layer, p.x) for layer in layers]
-        return Contender(name, calls, p.work(size, "fp8"))
+        return Contender(name, calls, p.work(size, unit))
 
     return Peer(name, make)
+
+
+gemlite_fp8 = partial(
+    gemlite, name="gemlite FP8 dynamic", helper="A8W8_fp8_dynamic", bits=8, unit="fp8"
+)
+gemlite_mxfp8 = partial(
+    gemlite, name="gemlite MXFP8 dynamic", helper="A8W8_MXFP_dynamic", bits=8.25
+)
+gemlite_nvfp4 = partial(gemlite, name="gemlite NVFP4 dynamic", helper="A4W4_NVFP_dynamic", bits=4.5)
+gemlite_mxfp4 = partial(gemlite, name="gemlite MXFP4 (weight only)", helper="A16W4_MXFP", bits=4.25)
 
 
 def imported(module: str) -> Any:

@@ -192,7 +192,16 @@ def line(row: Row) -> str:
     verdict = {True: "met", False: "MISSED", None: ""}[row.meets_target]
     target = "" if row.target is None else f" (target {row.target:g}: {verdict or 'no peer'})"
     ratio = "no peer" if row.ratio is None else f"{row.ratio:.2f}x"
-    return f"{row.case}: {row.speeds[row.ours].us:.4g} us, {ratio}{target} | {others}"
+    return f"{row.case}: {_speeds(row.speeds[row.ours])}, {ratio}{target} | {others}"
+
+
+def _speeds(own: Speed) -> str:
+    """``12.3 us, 45.6 TFLOPS, 789 GB/s, 80 % of the ceiling``, as far as they mean something."""
+    parts = [f"{own.us:.4g} us"]
+    parts += [] if own.tflops is None else [f"{own.tflops:.3g} TFLOPS"]
+    parts += [] if own.gbps is None else [f"{own.gbps:.4g} GB/s"]
+    parts += [] if own.share is None else [f"{100 * own.share:.0f} % of the ceiling"]
+    return ", ".join(parts)
 
 
 HEAD = (

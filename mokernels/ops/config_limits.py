@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from mokernels.formats import FP8_BLOCK
 from mokernels.ops.config_tables import ANY_M, GemmConfig, Kind, generation
 from mokernels.ops.quantizing import GEMV_GROUP
@@ -24,6 +26,11 @@ def config_ok(config: GemmConfig, kind: Kind, target: Target) -> bool:
     by_tma = not config.tma or _goes_by_tma(config, kind, target)
     scaled = one_scale or not block_scales
     return powers_of_two and fits and promotes and whole and by_tma and scaled
+
+
+def narrowed(config: GemmConfig) -> GemmConfig:
+    """A configuration by TMA with tiles of half the width, and the pipeline that this leaves."""
+    return replace(config, block_n=config.block_n // 2, num_stages=config.num_stages + 2)
 
 
 def shared_bytes(config: GemmConfig, kind: Kind, target: Target) -> int:

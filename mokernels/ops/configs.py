@@ -26,6 +26,7 @@ what takes its place, with the same order.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
@@ -113,7 +114,8 @@ def choose_without_tma(
 
 def bucket(m: int) -> int:
     """The upper end of the range of M that ``m`` falls in."""
-    return next((end for end in M_BUCKETS if m <= end), ANY_M)
+    place = bisect_left(M_BUCKETS, m)
+    return M_BUCKETS[place] if place < len(M_BUCKETS) else ANY_M
 
 
 def all_configs(target: Target) -> dict[Kind, tuple[GemmConfig, ...]]:

@@ -1,9 +1,12 @@
-"""What a device can do, as questions about features; the only place that knows architectures."""
+"""What a device can do, as questions about features; the only place that knows architectures.
+
+Answers are kept, since every eager call asks some of them.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import Literal
 
 import torch
@@ -22,44 +25,46 @@ class Target:
         arch: compute capability as an int (90 for sm_90), or AMD's architecture name.
         processors: streaming multiprocessors or compute units; only sizes grids and splits.
         shared_memory: bytes of shared memory that one program may use.
+        device: name of the very device, for what was measured on it; empty for a kind of device.
     """
 
     backend: Backend
     arch: int | str
     processors: int
     shared_memory: int
+    device: str = ""
 
     @property
     def name(self) -> str:
         """``sm_90``, ``gfx942``, ``xpu``."""
         return f"sm_{self.arch}" if self.backend == "cuda" else str(self.arch)
 
-    @property
+    @cached_property
     def has_fp8_type(self) -> bool:
         """Triton accepts e4m3fn pointers and casts; elsewhere codes are bytes, decoded by bits."""
         return (self._cuda_at_least(89)) or self.arch == "gfx950"
 
-    @property
+    @cached_property
     def has_fp8_dot(self) -> bool:
         """The matrix units multiply e4m3fn by e4m3fn."""
         return self.has_fp8_type
 
-    @property
+    @cached_property
     def casts_fp8_once(self) -> bool:
         """A cast from fp32 to e4m3fn rounds once. Triton 3.6 goes through fp16 on sm_89."""
         return self._cuda_at_least(90)
 
-    @property
+    @cached_property
     def has_block_scaled_dot(self) -> bool:
         """The matrix units apply NVFP4 and MXFP8 block scales themselves (tcgen05, mma.sync)."""
         return self._cuda_at_least(100)
 
-    @property
+    @cached_property
     def has_tma(self) -> bool:
         """A unit copies blocks of matrices to shared memory by descriptors (Hopper and later)."""
         return self._cuda_at_least(90)
 
-    @property
+    @cached_property
     def wants_swapped_operands(self) -> bool:
         """Few tokens have to be the N side of the matrix instruction, the weight its M side.
 
@@ -68,7 +73,7 @@ class Target:
         """
         return self.arch in (90, 100, 103)
 
-    @property
+    @cached_property
     def promotes_accumulator(self) -> bool:
         """FP8 products are summed with fewer bits than fp32 unless promoted every 128 (Hopper)."""
         return self.arch == 90
@@ -97,8 +102,8 @@ def target_of(device: torch.device) -> Target:
         BackendError: the device is of another type, or too old for the kernels (below sm_80).
     """
     if device.type == "xpu":
-        units = torch.xpu.get_device_properties(device).gpu_subslice_count
-        return Target("xpu", "xpu", units, 64 * 1024)
+        found = torch.xpu.get_device_properties(device)
+        return Target("xpu", "xpu", found.gpu_subslice_count, 64 * 1024, found.name)
     if device.type != "cuda":
         raise BackendError(
             f"mokernels has no Triton kernels for device {str(device)!r}: wanted a CUDA, ROCm or "
@@ -108,11 +113,13 @@ def target_of(device: torch.device) -> Target:
     count = properties.multi_processor_count
     if torch.version.hip:
         arch = properties.gcnArchName.split(":")[0]
-        return Target("hip", arch, count, 160 * 1024 if arch == "gfx950" else 64 * 1024)
+        shared = 160 * 1024 if arch == "gfx950" else 64 * 1024
+        return Target("hip", arch, count, shared, properties.name)
     capability = 10 * properties.major + properties.minor
     if capability < 80:
         raise BackendError(
             f"{properties.name} has compute capability {properties.major}.{properties.minor}; "
             "mokernels' kernels need at least 8.0 (Ampere). Run the model on the CPU instead."
         )
-    return Target("cuda", capability, count, properties.shared_memory_per_block_optin)
+    shared = properties.shared_memory_per_block_optin
+    return Target("cuda", capability, count, shared, properties.name)

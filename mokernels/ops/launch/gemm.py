@@ -9,7 +9,6 @@ as are activations whose leading dimensions cannot be seen as one.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from mokernels.invariance import is_batch_invariant
 from mokernels.ops.checks import dtype_or, out_dtype_of
-from mokernels.ops.configs import Kind, choose, choose_without_tma, kind_of_fp8
+from mokernels.ops.configs import Kind, choose_without_tma, kind_of_fp8
 from mokernels.ops.kernels.gemm_block import gemm_block
 from mokernels.ops.kernels.gemm_epilogue import gemm_epilogue
 from mokernels.ops.kernels.gemm_native import gemm_native
@@ -38,6 +37,7 @@ from mokernels.ops.launch.product import (
 )
 from mokernels.ops.launch.quantize import plan_dequantize_mxfp8, plan_dequantize_nvfp4
 from mokernels.ops.target import Target, target_of
+from mokernels.ops.tuned import choose
 
 
 def fp8_gemm(
@@ -324,7 +324,8 @@ def _plan_fp8(
     if config.tma and not (tma_reads(x, target) and tma_reads(w, target)):
         config = choose_without_tma(kind, m, n, k, target, plan_n, invariant)
     block_scale_w = dense_columns(scale_b) if scale_b.dim() == 2 else None
-    ending = replace(ending, scale_w=scale_b if block_scale_w is None else None)
+    if block_scale_w is None:
+        ending = Ending(ending.out, ending.bias, ending.scale_x, scale_b)
     if block_scale_x is None and block_scale_w is None and not config.tma:
         operands = Operands((x, w), (x.stride(0), w.stride(0)), (m, n, k))
         return plan_product(

@@ -7,12 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mokernels.ops.configs import Kind, choose
+from mokernels.ops.configs import Kind
 from mokernels.ops.kernels.gemv import gemv_nvfp4
 from mokernels.ops.launch.plan import Launch
 from mokernels.ops.launch.product import Ending, Operands, plan_product, rows_of
 from mokernels.ops.quantizing import multiplies_row_by_gemv
 from mokernels.ops.target import Target
+from mokernels.ops.tuned import choose
 
 ALIGNMENT = 16
 """Bytes of a load; where x and the weight's rows start at multiples of it, loads are that wide."""

@@ -6,12 +6,10 @@ What it cannot describe is multiplied by the kernels that load from pointers, to
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from mokernels.ops.config_limits import NARROW
+from mokernels.ops.config_limits import NARROW, narrowed
 from mokernels.ops.config_tables import GemmConfig, ceil_div
 from mokernels.ops.kernels.gemm_persistent import gemm_persistent
 from mokernels.ops.launch.plan import Launch
@@ -62,7 +60,7 @@ def tile_by_tma(config: GemmConfig, m: int, n: int, item: int, target: Target) -
     """
     if config.block_n <= NARROW:
         return config
-    narrow = replace(config, block_n=config.block_n // 2, num_stages=config.num_stages + 2)
+    narrow = narrowed(config)
     if item > 2 or _time(narrow, m, n, target) < _time(config, m, n, target):
         return narrow
     return config

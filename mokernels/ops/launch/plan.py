@@ -42,3 +42,28 @@ class Launch:
             num_stages=self.num_stages,
             enable_fp_fusion=self.fp_fusion,
         )
+
+    def compile(self) -> None:
+        """Compile for the current device what :meth:`run` would launch, if it is not there yet."""
+        self.kernel.warmup(
+            *self.args,
+            grid=self.grid,
+            **self.constants,
+            num_warps=self.num_warps,
+            num_stages=self.num_stages,
+            enable_fp_fusion=self.fp_fusion,
+        )
+
+    @property
+    def variant(self) -> tuple[Any, ...]:
+        """Equal for launches that one compiled kernel serves; hashable."""
+        constants = tuple(sorted((name, str(value)) for name, value in self.constants.items()))
+        given = tuple(_specialized(argument) for argument in self.args)
+        return self.kernel, constants, given, self.num_warps, self.num_stages, self.fp_fusion
+
+
+def _specialized(argument: Any) -> Any:
+    """What Triton may compile an argument in for."""
+    if isinstance(argument, int):
+        return argument == 1, argument % 16 == 0
+    return getattr(argument, "dtype", None)

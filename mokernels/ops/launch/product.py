@@ -162,7 +162,8 @@ def _run_all(launches: tuple[Launch, ...]) -> None:
 
 
 def _vector(scale: Tensor | None) -> Tensor | None:
-    return None if scale is None else scale.reshape(-1)
+    # A scalar is a vector of one item to a kernel: a view of it would cost a microsecond.
+    return scale if scale is None or scale.dim() < 2 else scale.reshape(-1)
 
 
 def _step(vector: Tensor | None) -> int:

@@ -8,7 +8,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from mokernels.ops.configs import choose, kind_of_fp8
+from mokernels.ops.configs import kind_of_fp8
 from mokernels.ops.kernels.gemm_block import gemm_block
 from mokernels.ops.kernels.gemm_quantizing import gemm_quantizing
 from mokernels.ops.launch.product import (
@@ -22,6 +22,7 @@ from mokernels.ops.launch.product import (
 from mokernels.ops.launch.quantize import rows_of
 from mokernels.ops.quantizing import Activations, quantizes_in_gemm
 from mokernels.ops.target import Target
+from mokernels.ops.tuned import choose
 
 
 @dataclass(frozen=True)
