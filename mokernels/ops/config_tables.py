@@ -11,8 +11,18 @@ from typing import Literal
 from mokernels.formats import FP8_BLOCK
 from mokernels.ops.target import Target
 
-Split = Literal["parts", "serial"] | None
-"""How the parts of K are added: by a second launch, by the program itself, or there is only one."""
+Split = Literal["last", "parts", "serial"] | None
+"""Who adds the parts of K: the program of a tile that is the last to store its part, a second
+launch, the one program that makes them all; None if there is only one part."""
+LAST_PROGRAM_BYTES = 128 * 1024
+"""Most bytes of partial sums that the last program of a tile adds.
+
+They come from the L2 cache to one processor, at 40 to 60 bytes a ns on an H100, an estimate from
+what all of its processors together reach. That is the 2 to 3 us that a second launch takes, in
+which all processors share the work.
+"""
+LAST_PROGRAM_SUMS = 32
+"""Most sums of a tile for each thread of its last program: with 64 registers spill on sm_89."""
 Generation = Literal["mma", "wgmma", "tcgen05", "mfma"]
 Table = Literal[Generation, "mma_scaled", "bits"]
 
@@ -57,10 +67,10 @@ class GemmConfig:
         swap: the weight is the M side of the matrix instruction.
         promote: FP8 products after which Hopper's accumulator is added to an fp32 one; None never.
         group_m: row tiles that neighbouring programs walk before the next column.
-        split_k: number of partial sums; more than 1 takes a workspace and a second launch, or
-            ``serial``.
+        split_k: number of partial sums; more than 1 takes a workspace, or ``serial``.
         serial: a program computes all partial sums of its tile, one after the other.
         tma: operands come by TMA, and programs stay for several tiles; K is not split then.
+        one_launch: the last program of a tile may add the partial sums.
     """
 
     block_m: int
@@ -74,6 +84,7 @@ class GemmConfig:
     split_k: int = 1
     serial: bool = False
     tma: bool = False
+    one_launch: bool = True
 
     @property
     def order(self) -> tuple[int, int, int | None]:
@@ -83,9 +94,12 @@ class GemmConfig:
     @property
     def split(self) -> Split:
         """What the kernels do about the partial sums."""
-        if self.split_k == 1:
-            return None
-        return "serial" if self.serial else "parts"
+        if self.split_k == 1 or self.serial:
+            return "serial" if self.split_k > 1 else None
+        sums = self.block_m * self.block_n
+        few_of_a_thread = sums <= LAST_PROGRAM_SUMS * 32 * self.num_warps
+        few = few_of_a_thread and 4 * self.split_k * sums <= LAST_PROGRAM_BYTES
+        return "last" if self.one_launch and few else "parts"
 
     def blocks_per_split(self, k: int) -> int:
         """K steps of one partial sum of a product over ``k``."""
@@ -112,6 +126,16 @@ def rows_of(kind: Kind, target: Target, tma: bool = True) -> Rows:
 
     ``tma`` is False for operands that TMA cannot read.
     """
+    rows = _rows_of(kind, target, tma)
+    if target.backend == "cuda":
+        return rows
+    # On AMD a barrier does not wait for other waves' stores to reach the L2 cache, and one wave's
+    # release, after it, does not either (read in the assembly of gfx942): the last program might
+    # read what is not there yet. Of Intel's devices nothing is known.
+    return tuple((end, replace(config, one_launch=False)) for end, config in rows)
+
+
+def _rows_of(kind: Kind, target: Target, tma: bool) -> Rows:
     lacks_scaled = kind in (Kind.NVFP4, Kind.MXFP8) and not target.has_block_scaled_dot
     if lacks_scaled or (kind is Kind.FP8_FAST and not target.promotes_accumulator):
         return ()

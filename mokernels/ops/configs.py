@@ -12,7 +12,9 @@ Tuning may vary everything else without changing a bit: ``block_m``, ``block_n``
 ``num_warps``, ``num_stages`` and ``swap`` (which operand is the M side of the instruction). That
 holds because no kernel sums over K inside a program other than by the matrix instruction and by
 adding its results. The GEMV is the exception, its threads' sums being added at the end: it has one
-configuration for a target, whatever the shape, and ``block_k`` tells the number of threads.
+configuration for a target, whatever the shape, and ``block_k`` tells the number of threads. Who
+adds the partial sums, the last program of a tile or a second launch (:attr:`GemmConfig.split`),
+changes no bit either.
 
 ``split_k`` is a function of N, K, the bucket of M and the number of processors. N is ``plan_n``,
 the N of the fused group, so that a member of a group that is run alone adds as the group does.

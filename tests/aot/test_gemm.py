@@ -25,6 +25,7 @@ from mokernels.ops.configs import (
     choose,
     choose_without_tma,
 )
+from mokernels.ops.kernels.reduce import parts_at_once
 from mokernels.ops.launch import decode, gemm
 from mokernels.ops.launch.plan import Launch
 from mokernels.ops.target import (
@@ -268,11 +269,13 @@ def assert_one_rounding_less(case: GemmCase, compiled: Compiled, in_loop: int) -
     """Every build contracts scales with sums alike, or bits would depend on the tile.
 
     No addition is left beside multiply-adds, but for one of each part where a program adds the
-    parts itself. NVFP4 parts come times a power of two, with which contraction changes no bit.
+    parts itself, or as many as the last program takes at once. NVFP4 parts come times a power of
+    two, with which contraction changes no bit.
     """
     config, code = case.config, sass.instructions(compiled.sass)
-    elements = config.block_m * config.block_n // (32 * config.num_warps)
-    wanted = [elements if config.split == "serial" else 0]
+    tile = config.block_m * config.block_n
+    added = {"serial": 1, "last": parts_at_once(tile)}
+    wanted = [tile // (32 * config.num_warps) * added.get(config.split, 0)]
     if case.kind is Kind.HALF_NVFP4:
         wanted.append(0)
     assert additions_of(code) - in_loop in wanted, case.name
@@ -314,19 +317,6 @@ def test_fp32_is_multiplied_as_fp32(case: Case, compiled: Compiled):
     assert not set(used) & set(sass.MATRIX_OPCODES)
     sass.assert_no_spills(compiled)
     sass.assert_fits(compiled)
-
-
-def reduce_cases() -> Iterator[Case]:
-    for target in CUDA_TARGETS:
-        yield Case(
-            "reduce", target, "bf16", lambda target=target: only(fp8(1, 1024, target), "reduce")
-        )
-
-
-@pytest.mark.aot_cases(list(reduce_cases()))
-def test_reduction(case: Case, compiled: Compiled):
-    sass.assert_no_spills(compiled)
-    assert any(i.base == "LDG" and i.bits == 128 for i in sass.instructions(compiled.sass))
 
 
 def tail_cases() -> Iterator[Case]:

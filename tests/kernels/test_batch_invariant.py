@@ -193,7 +193,8 @@ def test_serial_parts_are_added_as_parallel_ones(device, target, name, monkeypat
             results.append(run(x, few_processors(target)))
         splits += chosen.splits
     (serial, parts), (parallel, same_parts) = splits
-    assert (serial, parallel) == ("serial", "parts")
+    assert serial == "serial"
+    assert parallel in ("last", "parts")
     assert parts == same_parts > 1
     assert_same_bits(*results)
 

@@ -287,6 +287,19 @@ def test_a_constant_may_stand_on_the_left():
 
 
 @triton.jit
+def mask_kernel(out, limit, BLOCK: tl.constexpr):
+    offsets = tl.arange(0, BLOCK)
+    mask = (offsets < 5) & (tl.program_id(0) < limit)
+    tl.store(out + tl.program_id(0) * BLOCK + offsets, offsets, mask=mask)
+
+
+def test_a_comparison_of_numbers_is_part_of_a_mask():
+    out = torch.full((2, 8), -1, dtype=torch.int32)
+    mask_kernel[(2,)](out, 1, BLOCK=8)
+    assert out.tolist() == [[0, 1, 2, 3, 4, -1, -1, -1], [-1] * 8]
+
+
+@triton.jit
 def assembly_kernel(x, out, TEXT: tl.constexpr, BLOCK: tl.constexpr):
     offsets = tl.arange(0, BLOCK)
     value = tl.load(x + offsets)

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mokernels.ops.config_limits import config_ok, shared_bytes
+from mokernels.ops.config_tables import LAST_PROGRAM_BYTES
 from mokernels.ops.configs import (
     ANY_M,
     BLOCKS_PER_SPLIT,
@@ -122,6 +123,26 @@ def test_few_rows_split_until_the_processors_are_filled():
     assert choose(Kind.FP8, 1, 28672, 4096, SM_90).split_k == 1
     # Too few blocks of K for another part: 8 blocks are two parts of 4.
     assert choose(Kind.FP8, 1, 1024, 1024, SM_90).split_k == 2
+
+
+def test_the_last_program_adds_few_parts_of_small_tiles():
+    # 4 parts of 16 x 64 sums take 16 KiB; 8 of 128 x 128 would keep one processor busy for long.
+    few, many = (choose(Kind.FP8, m, 4096, 4096, SM_90) for m in (1, 128))
+    assert (few.split_k, few.split) == (4, "last")
+    assert (many.split_k, many.split) == (8, "parts")
+    at_the_limit = GemmConfig(32, 128, 128, 4, 4, split_k=8)
+    assert LAST_PROGRAM_BYTES == 4 * 8 * 32 * 128
+    assert at_the_limit.split == "last"
+    assert replace(at_the_limit, block_m=64).split == "parts"
+    assert replace(at_the_limit, num_warps=2).split == "parts"
+    assert replace(at_the_limit, block_m=64, serial=True).split == "serial"
+    assert replace(at_the_limit, split_k=1).split is None
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=name)
+def test_where_a_release_may_not_cover_other_threads_a_second_launch_adds(target):
+    splits = {choose(kind, 1, 1024, 16384, target).split for kind in all_configs(target)}
+    assert splits == {"last" if target.backend == "cuda" else "parts"}
 
 
 def test_no_partial_sum_is_left_over():
@@ -289,5 +310,5 @@ def test_an_invariant_choice_changes_the_split_alone(choice, m, n, group_n, k, c
 def test_by_default_nothing_is_serial(choice, m, n, k, count):
     target, kind = choice
     config = choose(kind, m, n, k, replace(target, processors=count))
-    assert config.split in (None, "parts")
+    assert config.split in (None, "last", "parts")
     assert (config.split is None) == (config.split_k == 1)

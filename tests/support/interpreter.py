@@ -20,6 +20,7 @@ tl.maximum, tl.minimum,     drop NaN unless ``propagate_nan`` says otherwise, as
 tl.clamp
 tl.fma                      rounds once (fp16, fp32); TypeError for bf16
 range(tensor)               a tensor of one element is an index, also with numpy >= 2.4
+mask & (number < number)    a mask
 constexpr * tensor          as tensor * constexpr; the other operators likewise
 inline assembly             Python emulations, registered by the text of the assembly; PTX of
                             the kernels instruction by instruction (interpreted_ptx)
@@ -57,6 +58,7 @@ _PATCHED_METHODS = (
     "create_inline_asm",
     "create_maxnumf",
     "create_minnumf",
+    "create_splat",
     "ternary_op",
     "unary_op",
 )
@@ -126,6 +128,7 @@ def _repair_builder(builder: Any) -> None:
     builder.create_fma = _create_fma
     builder.create_inline_asm = create_inline_asm
     builder.create_maxnumf = lambda self, a, b: self.binary_op(a, b, np.fmax)
+    builder.create_splat = _create_splat(builder.create_splat)
     builder.create_minnumf = lambda self, a, b: self.binary_op(a, b, np.fmin)
     builder.create_clampf = _create_clampf
     builder.get_bf16 = lambda self, value: interpreter.TensorHandle(
@@ -191,6 +194,19 @@ def _create_fp_to_fp(self: Any, source: Any, target: Any, rounding_mode: Any) ->
     from triton._C.libtriton import ir
 
     return _cast(source, target.scalar, towards_zero=rounding_mode == ir.ROUNDING_MODE.RTZ)
+
+
+def _create_splat(stock: Callable[..., Any]) -> Callable[..., Any]:
+    """A comparison's result keeps the type of what was compared, and would be repeated in that."""
+    import triton.language as tl
+    from triton.runtime.interpreter import TensorHandle
+
+    def fixed(self: Any, shape: Any, value: Any) -> Any:
+        if value.data.dtype == np.bool_:
+            value = TensorHandle(value.data, tl.int1)
+        return stock(self, shape, value)
+
+    return fixed
 
 
 def _create_clampf(self: Any, x: Any, low: Any, high: Any, propagate_nan: Any) -> Any:

@@ -5,6 +5,7 @@ import triton.language as tl
 
 from mokernels.ops.kernels.gemm_quantizing import quantized
 from mokernels.ops.kernels.quantize import amax_of, fp8_multiplier
+from mokernels.ops.kernels.reduce import finish
 from mokernels.ops.kernels.tiles import (
     as_operand,
     by_rows,
@@ -17,8 +18,6 @@ from mokernels.ops.kernels.tiles import (
     number_of_parts,
     row_pointers,
     split_bounds,
-    store_output,
-    store_partial,
     tile_of_program,
     weight_rows,
 )
@@ -140,7 +139,7 @@ def gemm_block(
     over steps is in fp32, whatever the hardware does inside one.
     With QUANTIZE x is bf16, fp16 or fp32, and each program quantizes what it reads as
     quantize_blocks does, to the bit; BLOCK_K is 128 then, and ``block_scale_x`` None.
-    With SPLIT "parts", ``out`` is the fp32 workspace of partial sums [splits, M, N].
+    Where SPLIT says that programs share K, ``out`` is as :func:`finish` takes it.
     """
     tile_m, tile_n = tile_of_program(M, N, BLOCK_M, BLOCK_N, GROUP_M)
     rm = indices(tile_m, BLOCK_M)
@@ -165,7 +164,4 @@ def gemm_block(
             COMPUTE, QUANTIZE, CASTS_ONCE, EVEN_K, SWAP, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
     acc = by_rows(acc, SWAP)
-    if SPLIT == "parts":
-        store_partial(acc, rm, rn, M, N, out)
-    else:
-        store_output(acc, rm, rn, M, N, scale_x, stride_sx, scale_w, stride_sw, bias, out)
+    finish(acc, rm, rn, M, N, scale_x, stride_sx, scale_w, stride_sw, bias, out, SPLIT)

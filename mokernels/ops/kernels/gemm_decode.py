@@ -5,6 +5,7 @@ import triton.language as tl
 
 from mokernels.ops.kernels.elements import decode_e8m0
 from mokernels.ops.kernels.quantize import block_codes
+from mokernels.ops.kernels.reduce import finish
 from mokernels.ops.kernels.tiles import (
     as_operand,
     by_rows,
@@ -17,8 +18,6 @@ from mokernels.ops.kernels.tiles import (
     number_of_parts,
     row_pointers,
     split_bounds,
-    store_output,
-    store_partial,
     tile_of_program,
     weight_rows,
 )
@@ -180,7 +179,7 @@ def gemm_decode(
     With QUANTIZE x is one row of floats, M being 1, and each program quantizes what it reads of it
     as quantize_blocks does, to the bit, COMPUTE being bf16. NVFP4 does so by ``global_scale_x``,
     which is None otherwise and is scale_x too.
-    With SPLIT "parts", ``out`` is the fp32 workspace of partial sums [splits, M, N].
+    Where SPLIT says that programs share K, ``out`` is as :func:`finish` takes it.
     """
     tile_m, tile_n = tile_of_program(M, N, BLOCK_M, BLOCK_N, GROUP_M)
     rm = indices(tile_m, BLOCK_M)
@@ -202,7 +201,4 @@ def gemm_decode(
             BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
     acc = by_rows(acc, SWAP)
-    if SPLIT == "parts":
-        store_partial(acc, rm, rn, M, N, out)
-    else:
-        store_output(acc, rm, rn, M, N, scale_x, stride_sx, scale_w, stride_sw, bias, out)
+    finish(acc, rm, rn, M, N, scale_x, stride_sx, scale_w, stride_sw, bias, out, SPLIT)

@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from mokernels.ops.kernels.reduce import finish
 from mokernels.ops.kernels.tiles import (
     as_operand,
     by_rows,
@@ -15,8 +16,6 @@ from mokernels.ops.kernels.tiles import (
     number_of_parts,
     row_pointers,
     split_bounds,
-    store_output,
-    store_partial,
     tile_of_program,
     weight_rows,
 )
@@ -77,7 +76,7 @@ def gemm_epilogue(
     """Out [M, N] = (x [M, K] @ w [N, K].T) * scale_x [M] * scale_w [N] + bias [N].
 
     w is E4M3; x is E4M3 or a float type. Both are brought to COMPUTE, in which they are exact.
-    With SPLIT "parts", ``out`` is the fp32 workspace of partial sums [splits, M, N].
+    Where SPLIT says that programs share K, ``out`` is as :func:`finish` takes it.
     """
     tile_m, tile_n = tile_of_program(M, N, BLOCK_M, BLOCK_N, GROUP_M)
     rm = indices(tile_m, BLOCK_M)
@@ -97,7 +96,4 @@ def gemm_epilogue(
             COMPUTE, PROMOTE, EVEN_K, SWAP, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
     acc = by_rows(acc, SWAP)
-    if SPLIT == "parts":
-        store_partial(acc, rm, rn, M, N, out)
-    else:
-        store_output(acc, rm, rn, M, N, scale_x, stride_sx, scale_w, stride_sw, bias, out)
+    finish(acc, rm, rn, M, N, scale_x, stride_sx, scale_w, stride_sw, bias, out, SPLIT)

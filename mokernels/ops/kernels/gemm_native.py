@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from mokernels.ops.kernels.reduce import finish
 from mokernels.ops.kernels.tiles import (
     by_rows,
     indices,
@@ -13,8 +14,6 @@ from mokernels.ops.kernels.tiles import (
     number_of_parts,
     row_pointers,
     split_bounds,
-    store_output,
-    store_partial,
     tile_of_program,
     weight_rows,
 )
@@ -95,7 +94,7 @@ def gemm_native(
 
     ELEMENT is "e2m1" (NVFP4: bytes [., K / 2] with E4M3 scales [., K / 16]) or "e4m3" (MXFP8: codes
     [., K] with exponents [., K / 32]). scale_x and scale_w are global fp32 scalars or None.
-    With SPLIT "parts", ``out`` is the fp32 workspace of partial sums [splits, M, N].
+    Where SPLIT says that programs share K, ``out`` is as :func:`finish` takes it.
     """
     tile_m, tile_n = tile_of_program(M, N, BLOCK_M, BLOCK_N, GROUP_M)
     rm = indices(tile_m, BLOCK_M)
@@ -117,7 +116,4 @@ def gemm_native(
             ELEMENT, EVEN_K, SWAP, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
     acc = by_rows(acc, SWAP)
-    if SPLIT == "parts":
-        store_partial(acc, rm, rn, M, N, out)
-    else:
-        store_output(acc, rm, rn, M, N, scale_x, stride_sx, scale_w, stride_sw, bias, out)
+    finish(acc, rm, rn, M, N, scale_x, stride_sx, scale_w, stride_sw, bias, out, SPLIT)

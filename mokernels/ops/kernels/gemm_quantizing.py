@@ -5,6 +5,7 @@ import triton.language as tl
 
 from mokernels.ops.kernels.elements import encode_e4m3
 from mokernels.ops.kernels.quantize import fp8_multiplier, magnitude_bits
+from mokernels.ops.kernels.reduce import finish
 from mokernels.ops.kernels.tiles import (
     by_rows,
     indices,
@@ -14,8 +15,6 @@ from mokernels.ops.kernels.tiles import (
     new_accumulator,
     row_pointers,
     split_bounds,
-    store_output,
-    store_partial,
     tile_of_program,
     weight_rows,
 )
@@ -82,8 +81,8 @@ def gemm_quantizing(
     x is bf16, fp16 or fp32 and w E4M3. QUANTIZE says what ``factor`` is: with "static" the
     multiplier m of all of x, fp32 [1]. With "token" each row has its own, which every program
     derives from the row's maximum and whose inverse scales its sums; with SPLIT "parts" one program
-    of a row tile stores these inverses to ``factor``, fp32 [M], for the reduction, and ``out`` is
-    the fp32 workspace of partial sums [splits, M, N].
+    of a row tile stores these inverses to ``factor``, fp32 [M], for the reduction.
+    Where SPLIT says that programs share K, ``out`` is as :func:`finish` takes it.
     It has no serial split: that is for more rows than it is launched with.
     """
     tile_m, tile_n = tile_of_program(M, N, BLOCK_M, BLOCK_N, GROUP_M)
@@ -105,12 +104,9 @@ def gemm_quantizing(
         codes = quantized(x_tile, multiplier, k, K, BLOCK_K, EVEN_K, CASTS_ONCE)
         acc = multiply(codes, w_tile, acc, SWAP, PROMOTE)
     acc = by_rows(acc, SWAP)
-    if SPLIT == "parts":
-        store_partial(acc, rm, rn, M, N, out)
-        if QUANTIZE == "token":
-            if tile_n + tl.program_id(1) == 0:
-                tl.store(factor + rm, row_scale, mask=rm < M)
-    else:
-        if QUANTIZE == "token":
-            acc = acc * row_scale[:, None]
-        store_output(acc, rm, rn, M, N, scale_x, stride_sx, scale_w, stride_sw, bias, out)
+    if QUANTIZE == "token":
+        if SPLIT != "parts":
+            scale_x = row_scale
+        elif tile_n + tl.program_id(1) == 0:
+            tl.store(factor + rm, row_scale, mask=rm < M)
+    finish(acc, rm, rn, M, N, scale_x, stride_sx, scale_w, stride_sw, bias, out, SPLIT)

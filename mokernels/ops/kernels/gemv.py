@@ -16,12 +16,11 @@ import triton
 import triton.language as tl
 
 from mokernels.ops.kernels.elements import decode_e4m3
+from mokernels.ops.kernels.reduce import finish
 from mokernels.ops.kernels.tiles import (
     indices,
     row_pointers,
     split_bounds,
-    store_output,
-    store_partial,
     weight_rows,
 )
 
@@ -244,7 +243,7 @@ def gemv_nvfp4(
     words [N, K / 8] of the checkpoint's bytes; block_scale int16 [N, K / 32], two E4M3 codes each.
     ``stride_w`` counts 16 bytes, so that the compiler knows that rows are aligned to them. M is 1,
     and scale_x one fp32 number or None. HAS_TYPE is the target's has_fp8_type; PTX is for NVIDIA.
-    With SPLIT "parts", ``out`` is the fp32 workspace of partial sums [splits, 1, N].
+    Where SPLIT says that programs share K, ``out`` is as :func:`finish` takes it.
     """
     rm = tl.arange(0, 1)
     rn = indices(tl.program_id(0), BLOCK_N)
@@ -266,7 +265,4 @@ def gemv_nvfp4(
         total = add_products(total, words_3, row, k, K, 3, DTYPE, PTX, EVEN_K)
         acc = tl.fma(total, scale_1, acc)
     sums = (tl.sum(acc, axis=1) * UNBIAS)[None, :]
-    if SPLIT == "parts":
-        store_partial(sums, rm, rn, M, N, out)
-    else:
-        store_output(sums, rm, rn, M, N, scale_x, stride_sx, scale_w, stride_sw, bias, out)
+    finish(sums, rm, rn, M, N, scale_x, stride_sx, scale_w, stride_sw, bias, out, SPLIT)

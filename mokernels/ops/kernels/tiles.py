@@ -5,9 +5,9 @@ computes one [BLOCK_M, BLOCK_N] tile. With SWAP the weight is the M side of the 
 the accumulator is [BLOCK_N, BLOCK_M], which changes no product and no order of addition, only which
 rows the hardware pads.
 
-SPLIT says how a program goes through K. None: at once. "parts": over one part of it, whose sum goes
-to a workspace that reduce_splits adds up. "serial": over the same parts one after the other, each
-from a fresh accumulator, and it adds them in the same order, so that the bits are the same.
+SPLIT says how a program goes through K. None: at once. "last" and "parts": over one part of it,
+whose sum goes to a workspace; :mod:`reduce` adds these up. "serial": over the same parts one after
+the other, each from a fresh accumulator, and it adds them in the same order: the bits are the same.
 """
 
 import triton
@@ -152,14 +152,16 @@ def by_rows(acc, SWAP: tl.constexpr):
 def store_output(acc, rm, rn, M, N, scale_x, stride_sx, scale_w, stride_sw, bias, out):
     """out[rm, rn] = acc * scale_x * scale_w + bias, in out's dtype; out [M, N] is contiguous.
 
-    Scales are fp32 vectors (stride 0 repeats a scalar) and, like the bias, may be None. The order
-    of these operations is the same in every kernel, so that a result does not depend on whether
-    the split-K reduction or the GEMM itself ends it.
+    Scales are pointers to fp32 vectors (stride 0 repeats a scalar) and, like the bias, may be None;
+    scale_x may also be the values of the rows ``rm``. The order of these operations is the same in
+    every kernel, so that a result does not depend on which launch or program ends it.
     """
     in_m = rm < M
     in_n = rn < N
     if scale_x is not None:
-        acc = acc * tl.load(scale_x + rm * stride_sx, mask=in_m, other=0.0)[:, None]
+        if scale_x.dtype.is_ptr():
+            scale_x = tl.load(scale_x + rm * stride_sx, mask=in_m, other=0.0)
+        acc = acc * scale_x[:, None]
     if scale_w is not None:
         acc = acc * tl.load(scale_w + rn * stride_sw, mask=in_n, other=0.0)[None, :]
     if bias is not None:
@@ -170,7 +172,7 @@ def store_output(acc, rm, rn, M, N, scale_x, stride_sx, scale_w, stride_sw, bias
 
 @triton.jit
 def store_partial(acc, rm, rn, M, N, partials):
-    """Partial sums of this program's part of K, to fp32 ``partials`` [splits, M, N]."""
+    """Partial sums of this program's part of K, to fp32 ``partials`` [parts, M, N]."""
     base = partials + tl.program_id(1).to(tl.int64) * M * N
     pointers = row_pointers(base, rm, N) + rn[None, :]
     tl.store(pointers, acc, mask=(rm < M)[:, None] & (rn < N)[None, :])

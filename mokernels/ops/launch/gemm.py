@@ -1,7 +1,8 @@
 """Launchers of the GEMM operators.
 
 Each ``plan_*`` allocates its outputs and workspaces and returns the result with the launches that
-fill it; it runs nothing and reads no device, so that it works on meta tensors.
+fill it; it runs no kernel and reads no device, so that it works on meta tensors. Where a split K
+needs counters (:mod:`counters`) they are those of the current stream, for the launches to go to.
 
 Operands keep their row strides; an operand whose last dimension is not contiguous is copied first,
 as are activations whose leading dimensions cannot be seen as one.

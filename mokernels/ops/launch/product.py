@@ -2,7 +2,7 @@
 
 Every GEMM kernel takes its arguments in this order: the operands' pointers; then the ending's
 (``scale_x``, ``scale_w``, ``bias``, ``out``); M, N, K; the operands' strides; the ending's strides;
-the K steps of a partial sum.
+the K steps of a partial sum. Where programs share K, kernels/reduce.py says what ``out`` is.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mokernels.ops.config_tables import ceil_div
 from mokernels.ops.configs import REDUCE_COLUMNS, GemmConfig
 from mokernels.ops.kernels.reduce import reduce_splits
+from mokernels.ops.launch.counters import counters_for
 from mokernels.ops.launch.plan import Launch
 from mokernels.ops.target import Target
 
@@ -54,7 +56,7 @@ class Ending:
     scale_w: Tensor | None = None
 
     @property
-    def pointers(self) -> tuple[Tensor | None, ...]:
+    def pointers(self) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor]:
         """In the kernels' order; vectors are read by their stride, the bias has to be dense."""
         bias = None if self.bias is None else self.bias.contiguous()
         return _vector(self.scale_x), _vector(self.scale_w), bias, self.out
@@ -68,7 +70,7 @@ class Ending:
 def plan_product(
     kernel: Any, operands: Operands, ending: Ending, config: GemmConfig, **constants: Any
 ) -> tuple[Launch, ...]:
-    """The launches of one product: one, or where programs share K two.
+    """The launches of one product: one, or two where a second one adds the parts of K.
 
     Args:
         kernel: one of the GEMM kernels.
@@ -78,17 +80,15 @@ def plan_product(
         **constants: compile-time arguments that only this kernel has.
     """
     m, n, k = operands.sizes
-    last, last_strides = ending.pointers, ending.strides
-    programs = config.split_k if config.split == "parts" else 1
-    if programs > 1:
-        partials = ending.out.new_empty((programs, m, n), dtype=torch.float32)
-        last, last_strides = (None, None, None, partials), (0, 0)
-    tiles = -(-m // config.block_m) * -(-n // config.block_n)
+    parts = config.split_k if config.split in ("last", "parts") else 1
+    partials = ending.out.new_empty((parts, m, n), dtype=torch.float32) if parts > 1 else None
+    tiles = ceil_div(m, config.block_m) * ceil_div(n, config.block_n)
+    pointers, strides = _ending(ending, config, partials, tiles)
     steps = config.blocks_per_split(k)
     product = Launch(
         kernel,
-        (tiles, programs, 1),
-        (*operands.pointers, *last, m, n, k, *operands.strides, *last_strides, steps),
+        (tiles, parts, 1),
+        (*operands.pointers, *pointers, m, n, k, *operands.strides, *strides, steps),
         {
             **constants,
             "EVEN_K": k % config.block_k == 0,
@@ -98,7 +98,9 @@ def plan_product(
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
-    return (product, _plan_reduction(partials, ending)) if programs > 1 else (product,)
+    if config.split == "parts" and partials is not None:
+        return product, _plan_reduction(partials, ending)
+    return (product,)
 
 
 def run(planned: Planned) -> Tensor:
@@ -148,11 +150,23 @@ def _tile(config: GemmConfig) -> dict[str, int | bool]:
     }
 
 
+def _ending(
+    ending: Ending, config: GemmConfig, partials: Tensor | None, tiles: int
+) -> tuple[tuple[Any, ...], tuple[int, int]]:
+    """The ending's pointers and strides, as the product takes them."""
+    if config.split == "parts":
+        return (None, None, None, partials), (0, 0)
+    *given, out = ending.pointers
+    if config.split == "last":
+        out = (out, partials, counters_for(out.device, tiles))
+    return (*given, out), ending.strides
+
+
 def _plan_reduction(partials: Tensor, ending: Ending) -> Launch:
-    splits, m, n = partials.shape
-    constants = {"SPLITS": splits, "BLOCK_M": 1, "BLOCK_N": REDUCE_COLUMNS}
-    arguments = (partials, *ending.pointers, m, n, *ending.strides)
-    grid = (m, -(-n // REDUCE_COLUMNS), 1)
+    parts, m, n = partials.shape
+    constants = {"BLOCK_M": 1, "BLOCK_N": REDUCE_COLUMNS}
+    arguments = (partials, *ending.pointers, m, n, *ending.strides, parts)
+    grid = (m, ceil_div(n, REDUCE_COLUMNS), 1)
     return Launch(reduce_splits, grid, arguments, constants, num_warps=4, num_stages=1)
 
 
