@@ -21,6 +21,7 @@ ROOMS = [
     "ptq",
     "hf",
     "demo",
+    "evaluate",
     "cli",
     "__main__",
 ]
@@ -29,6 +30,7 @@ ONLY_IN = {
     "transformers": ("hf", "demo", "cli"),
     "typer": ("cli",),
     "rich": ("cli", "demo"),
+    "matplotlib": ("evaluate",),
 }
 
 
