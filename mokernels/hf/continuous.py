@@ -22,6 +22,7 @@ from mokernels.hf.sampling import SamplingParams
 PAGE = 256
 """Tokens of a block of the paged cache: transformers' default."""
 _WAIT_SECONDS = 1.0
+_HAS_SWITCH = "auto_switch_to_flash" in ContinuousBatchingConfig.__dataclass_fields__
 _KINDS = frozenset({"full_attention", "sliding_attention"})
 
 
@@ -59,19 +60,20 @@ def answer_continuously(
     for answer in answers:
         groups.setdefault(answer.params.filters, []).append(answer)
     for group in groups.values():
-        with paged_attention(model):
+        with own_attention(model):
             _answer_group(model, group, batch, finished)
 
 
 @contextmanager
-def paged_attention(model: Any) -> Iterator[None]:
-    """Let the model attend to a paged cache by its own attention; transformers would fetch another.
+def own_attention(model: Any) -> Iterator[None]:
+    """Let the model keep its own kind of attention; transformers would take another.
 
-    Where the package ``kernels`` is installed, it downloads flash attention for this unless the
-    attention is a paged one already.
+    Where the package ``kernels`` is installed, it downloads flash attention for this. Newer
+    versions have an option against that; for older ones the attention has to be a paged one
+    already.
     """
     own = model.config._attn_implementation
-    if not own.startswith("paged|"):
+    if not _HAS_SWITCH and not own.startswith("paged|"):
         model.set_attn_implementation(f"paged|{own}")
     try:
         yield
@@ -147,6 +149,8 @@ def _generation_config(params: SamplingParams) -> GenerationConfig:
 
 def _batching_config(model: Any, group: Sequence[Answer], batch: int) -> ContinuousBatchingConfig:
     options: dict[str, Any] = {"max_requests_per_batch": batch}
+    if _HAS_SWITCH:
+        options["auto_switch_to_flash"] = False
     if model.device.type == "cpu":
         # Left alone it takes more than half of the machine's memory.
         pages = sorted(-(-(len(row.prompt) + row.limit) // PAGE) for row in group)
