@@ -99,7 +99,32 @@ def command_line(words: Sequence[str]) -> None:
     # Not its main(): that asks the package index for a newer version first.
     from transformers.cli.transformers import app
 
-    app(args=list(words), prog_name=PROGRAM)
+    with generation_ends():
+        app(args=list(words), prog_name=PROGRAM)
+
+
+@contextmanager
+def generation_ends() -> Iterator[None]:
+    """Stop continuous batching in the end; transformers' server leaves its thread running.
+
+    The thread would keep the process alive after the server has been interrupted.
+    """
+    from transformers.cli.serving.utils import GenerationState
+
+    made: list[GenerationState] = []
+    begin = GenerationState.__init__
+
+    def remember(self: GenerationState, *args: Any, **options: Any) -> None:
+        begin(self, *args, **options)
+        made.append(self)
+
+    GenerationState.__init__ = remember
+    try:
+        yield
+    finally:
+        GenerationState.__init__ = begin
+        for state in made:
+            state.shutdown()
 
 
 def import_mokernels() -> None:
