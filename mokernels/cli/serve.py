@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import errno
 import importlib.util
+import logging
 import os
 import socket
 from collections.abc import Iterator, Sequence
@@ -24,6 +25,7 @@ from mokernels.hf.auto import require_tokenizer
 PACKAGES = ("fastapi", "openai", "pydantic", "uvicorn")
 LOOPBACK = "127.0.0.1"
 PROGRAM = "mokernels"
+_PORTS = 2**16
 
 
 def serve(model: str, flags: Sequence[str]) -> None:
@@ -83,6 +85,8 @@ def server(model: str, **options: Any) -> Iterator[str]:
     running = Serve(
         force_model=model, host=LOOPBACK, port=port, non_blocking=True, log_level="error", **options
     )
+    for name in ("uvicorn.error", "uvicorn.access"):  # it logs to the terminal that is talked in
+        logging.getLogger(name).setLevel(logging.WARNING)
     try:
         yield f"http://{LOOPBACK}:{port}/v1"
     finally:
@@ -165,9 +169,12 @@ def address(flags: Sequence[str]) -> tuple[str, int]:
     parser.add_argument("--port", default="8000")
     try:
         found, _ = parser.parse_known_args(list(flags))
-        return found.host, int(found.port)
+        port = int(found.port)
     except (argparse.ArgumentError, ValueError) as error:
         raise ArgumentError(f"--port or --host cannot be read: {error}.") from error
+    if not 0 < port < _PORTS:
+        raise ArgumentError(f"--port is {port}, wanted a number from 1 to {_PORTS - 1}.")
+    return found.host, port
 
 
 def require_free(host: str, port: int) -> None:
@@ -176,8 +183,8 @@ def require_free(host: str, port: int) -> None:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         with socket.create_server(found[0][4][:2], family=found[0][0]):
             pass
-    except (OSError, OverflowError) as error:
-        taken = isinstance(error, OSError) and error.errno == errno.EADDRINUSE
+    except OSError as error:
+        taken = error.errno == errno.EADDRINUSE
         reason = "another program listens there" if taken else str(error)
         raise ArgumentError(
             f"The server cannot listen on port {port} of {host!r}: {reason}. Choose another --port "
