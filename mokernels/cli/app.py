@@ -311,6 +311,7 @@ def compare(
         printed.print_comparison(stdout(), found, layers=layers)
     if plot is not None:
         plots.plot(found, plot)
+        complain(f"The plot is in {plot}", "dim")
 
 
 @app.command(epilog="Example: mokernels dequantize ./Llama-3.1-8B-NVFP4 ./Llama-3.1-8B-again")

@@ -52,6 +52,7 @@ def plot(comparison: Comparison, path: Path) -> None:
     for kind, points in sorted(curves(shown).items()):
         axes.plot(*zip(*points, strict=True), marker="o", markersize=3, linewidth=1, label=kind)
     axes.set(xlabel="decoder layer", ylabel="SQNR of the weight, dB", title=_title(comparison))
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small", ncols=2)
     figure.savefig(path, dpi=150)
