@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import mokernels.ops as _ops  # noqa: F401  (registers the operators)
 from mokernels.checkpoint import check
+from mokernels.checkpoint.dequantize import dequantize
 from mokernels.checkpoint.load import load_into
 from mokernels.errors import (
     ArgumentError,
@@ -29,11 +31,15 @@ from mokernels.invariance import batch_invariant
 from mokernels.layers import explain
 
 if TYPE_CHECKING:
+    from mokernels.evaluate import Comparison
+    from mokernels.hf.llm import LLM
     from mokernels.hf.quantizer import ModelOptConfig
+    from mokernels.hf.sampling import SamplingParams
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "LLM",
     "ArgumentError",
     "BackendError",
     "CalibrationError",
@@ -42,9 +48,12 @@ __all__ = [
     "MissingDependencyError",
     "ModelOptConfig",
     "MokernelsError",
+    "SamplingParams",
     "UnsupportedFormatError",
     "batch_invariant",
     "check",
+    "compare",
+    "dequantize",
     "explain",
     "export",
     "from_pretrained",
@@ -83,6 +92,21 @@ def generate(
 
     ours: dict[str, Any] = {"compile": compile, "cuda_graphs": cuda_graphs}
     return run(model, inputs, max_cache_len=max_cache_len, **ours, **options)
+
+
+def compare(
+    a: str | os.PathLike[str],
+    b: str | os.PathLike[str],
+    *,
+    text: str | None = None,
+    weights: bool = True,
+    predictions: bool = True,
+    **options: Any,
+) -> Comparison:
+    """Compare a model with its quantization; see :func:`mokernels.evaluate.compare.compare`."""
+    from mokernels.evaluate import compare as run
+
+    return run(a, b, text=text, weights=weights, predictions=predictions, **options)
 
 
 def release(model: Any) -> None:
@@ -191,12 +215,17 @@ def export(
     return run(model, out_dir, tokenizer=tokenizer, max_shard_size=max_shard_size, reload=reload)
 
 
-def __getattr__(name: str) -> Any:
-    # The configuration class needs transformers, which takes seconds to import.
-    if name == "ModelOptConfig":
-        from mokernels.hf.load import ModelOptConfig
+# Need transformers, which takes seconds to import.
+_LATE = {
+    "LLM": "mokernels.hf.llm",
+    "ModelOptConfig": "mokernels.hf.load",
+    "SamplingParams": "mokernels.hf.sampling",
+}
 
-        return ModelOptConfig
+
+def __getattr__(name: str) -> Any:
+    if name in _LATE:
+        return getattr(import_module(_LATE[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -23,6 +23,7 @@ ROOMS = [
     "ptq",
     "hf",
     "demo",
+    "evaluate",
     "cli",
     "__main__",
 ]
@@ -31,6 +32,7 @@ ONLY_IN = {
     "transformers": ("hf", "demo", "cli"),
     "typer": ("cli",),
     "rich": ("cli", "demo"),
+    "matplotlib": ("evaluate",),
 }
 
 

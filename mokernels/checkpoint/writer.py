@@ -67,7 +67,7 @@ def write_checkpoint(
         shards = _write_shards(partial, tensors, max_shard_size)
         names = [name for _, sizes in shards for name in sizes]
         static = any(name.endswith(".input_scale") for name in names)
-        _name_shards(partial, shards)
+        name_shards(partial, shards)
         section = flat_layout(format, exclude, kv_cache, static=static)
         plain = {key: value for key, value in config.items() if key != "quantization_config"}
         write_json(partial, CONFIG_FILE, {**plain, "quantization_config": section})
@@ -114,7 +114,7 @@ def _batches(
     yield batch
 
 
-def _name_shards(folder: Path, shards: Sequence[tuple[Path, dict[str, int]]]) -> None:
+def name_shards(folder: Path, shards: Sequence[tuple[Path, dict[str, int]]]) -> None:
     """Give the shards their final names, and write the index if there are several."""
     if len(shards) == 1:
         shards[0][0].rename(folder / SINGLE_FILE)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated, Any, Optional
 
 import typer
 
@@ -232,3 +233,154 @@ def tune(
     tuning.print_outcome(stdout(), file, outcome, kept)
     if outcome.interrupted:
         raise typer.Exit(FAILED)
+
+
+_HANDED_OVER: dict[str, Any] = {
+    "context_settings": {"allow_extra_args": True, "ignore_unknown_options": True}
+}
+"""Settings of a command that passes on the options that it does not know."""
+
+
+@app.command(
+    epilog="Example: mokernels serve ./Llama-3.1-8B-Instruct-FP8 --continuous-batching",
+    **_HANDED_OVER,
+)
+@sentences
+def serve(context: typer.Context, path: Checkpoint, debug: Debug = False) -> None:
+    """Serve a checkpoint with transformers' server, which speaks OpenAI's protocol.
+
+    PATH comes first; behind it goes any flag of `transformers serve`, whose help lists them:
+    --host, --port, --continuous-batching, --device, --dtype, ... There is no authentication.
+    """
+    from mokernels.cli import serve as service
+
+    service.serve(path, context.args)
+
+
+@app.command(
+    epilog="Example: mokernels chat ./Llama-3.1-8B-Instruct-FP8 max_new_tokens=100",
+    **_HANDED_OVER,
+)
+@sentences
+def chat(
+    context: typer.Context,
+    path: Checkpoint,
+    url: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Of a running server; without it the checkpoint is served meanwhile."),
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Chat with a checkpoint in the terminal, by transformers' own client.
+
+    PATH comes first; behind it go generation flags (max_new_tokens=100) and any flag of
+    `transformers chat`, whose help lists them.
+    """
+    from mokernels.cli import serve as service
+
+    service.chat(path, url, context.args)
+
+
+@app.command(
+    epilog="Example: mokernels run -m lm_eval --model hf --model_args pretrained=./model-FP8",
+    context_settings={
+        "allow_extra_args": True,
+        "ignore_unknown_options": True,
+        "allow_interspersed_args": False,
+        "help_option_names": ["--help"],
+    },
+)
+@sentences
+def run(context: typer.Context, debug: Debug = False) -> None:
+    """Run a Python script, or a module with -m, with mokernels imported.
+
+    Whatever it loads through transformers may be a ModelOpt checkpoint.
+    """
+    from mokernels.cli.run import run as run_python
+
+    run_python(context.args)
+
+
+@app.command(epilog="Example: mokernels compare ./Llama-3.1-8B ./Llama-3.1-8B-NVFP4 --plot e.png")
+@sentences
+def compare(
+    context: typer.Context,
+    a: Annotated[str, typer.Argument(metavar="A", help="Folder or hub name of the reference.")],
+    b: Annotated[str, typer.Argument(metavar="B", help="Another checkpoint of the same model.")],
+    text: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="File of a text to predict; without it one that comes with Python."),
+    ] = None,
+    weights: Annotated[bool, typer.Option(help="Compare the weights, layer by layer.")] = True,
+    predictions: Annotated[bool, typer.Option(help="Compare the predictions of a text.")] = True,
+    window: Annotated[int, typer.Option(min=2, help="Tokens that a model sees at once.")] = 512,
+    windows: Annotated[int, typer.Option(min=1, help="Windows of the text, at most.")] = 8,
+    device: Device = "auto",
+    activations: Annotated[
+        str, typer.Option(help="checkpoint, 16bit, or fp8_block (for FP8_PB_WO).")
+    ] = "checkpoint",
+    layers: Annotated[bool, typer.Option("--layers", help="List every layer.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")] = False,
+    plot: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Draw the SQNR of every layer into this file (.png, .svg, .pdf)."),
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Compare a model with its quantization: SQNR, perplexity, KL divergence, greedy agreement."""
+    from mokernels.cli import compare as printed
+    from mokernels.demo.flow import quiet_transformers
+    from mokernels.demo.hub import local_folder
+    from mokernels.evaluate import compare as run_comparison
+    from mokernels.evaluate import plot as plots
+
+    if plot is not None:
+        plots.require_matplotlib()
+    with printed.progress_bars(stderr()) as progress, quiet_transformers():
+        found = run_comparison(
+            local_folder(a),
+            local_folder(b),
+            text=printed.read_text(text),
+            weights=weights,
+            predictions=predictions,
+            window=window,
+            windows=windows,
+            device=pick_device(device),
+            activations=activations,
+            progress=progress,
+        )
+    if as_json:
+        typer.echo(json.dumps(found.to_dict(), indent=2))
+    else:
+        printed.print_comparison(stdout(), found, layers=layers)
+    if plot is not None:
+        plots.plot(found, plot)
+        complain(f"The plot is in {plot}", "dim")
+
+
+@app.command(epilog="Example: mokernels dequantize ./Llama-3.1-8B-NVFP4 ./Llama-3.1-8B-again")
+@sentences
+def dequantize(
+    context: typer.Context,
+    path: Checkpoint,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to create.")],
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+    debug: Debug = False,
+) -> None:
+    """Write the plain checkpoint that a quantized one stands for, a layer in memory at a time."""
+    from mokernels.checkpoint.dequantize import dequantize as write_plain
+    from mokernels.cli.compare import progress_bars
+    from mokernels.demo.hub import local_folder
+
+    with progress_bars(stderr()) as progress:
+        made = write_plain(
+            local_folder(path), out, dtype=dtype, progress=lambda *count: progress("write", *count)
+        )
+    words = f"{made.layers} layers in {made.dtype}, {made.nbytes:,} bytes in all: {made.path}"
+    stdout().print(words, markup=False, soft_wrap=True)
+    if made.dropped:
+        complain(
+            f"{len(made.dropped)} scales of the KV cache were dropped: a plain checkpoint has no "
+            "place for them.",
+            "yellow",
+        )

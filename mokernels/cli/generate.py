@@ -8,8 +8,8 @@ from typing import Any
 
 from mokernels.demo.flow import quiet_transformers
 from mokernels.demo.hub import local_folder
-from mokernels.demo.source import require_tokenizer
 from mokernels.errors import ArgumentError
+from mokernels.hf.auto import require_tokenizer
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import io
-import os
 from collections.abc import Callable
 from contextlib import nullcontext, redirect_stderr
 from dataclasses import dataclass
@@ -15,9 +14,9 @@ import torch
 
 from mokernels.demo import hub, wheel
 from mokernels.errors import ArgumentError, MissingDependencyError
+from mokernels.hf.auto import require_tokenizer
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 
 
 @dataclass(frozen=True)
@@ -103,7 +102,8 @@ def load_original(source: Source) -> tuple[Any, Any]:
             f"The model {str(source.folder)!r} is quantized already; the demo quantizes one "
             "itself. Use `mokernels generate` for it, or give an unquantized model."
         )
-    require_tokenizer(source.folder, source.gguf_file)
+    if source.gguf_file is None:  # a GGUF file has a tokenizer of its own
+        require_tokenizer(source.folder)
     tokenizer = AutoTokenizer.from_pretrained(source.folder, gguf_file=source.gguf_file)
     _agree_on_end(model, tokenizer)
     model.config.architectures = [type(model).__name__]
@@ -140,17 +140,6 @@ def forget_quantization(model: Any) -> None:
             if name in vars(holder):
                 delattr(holder, name)
     model.is_quantized = False
-
-
-def require_tokenizer(folder: Path, gguf_file: str | None = None) -> None:
-    """Raise ArgumentError if a folder holds neither a tokenizer nor a GGUF file, which has one."""
-    if gguf_file is None and not any(os.path.isfile(folder / name) for name in _TOKENIZER_FILES):
-        raise ArgumentError(
-            f"The folder {str(folder)!r} holds no tokenizer (none of "
-            f"{', '.join(_TOKENIZER_FILES)}); ModelOpt's export_hf_checkpoint does not write one. "
-            "Copy the tokenizer's files of the original model there, or name the original model "
-            "with --tokenizer."
-        )
 
 
 def _agree_on_end(model: Any, tokenizer: Any) -> None:

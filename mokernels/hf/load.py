@@ -74,7 +74,7 @@ def from_pretrained(
         chosen = {name: options[name] for name in _CONFIG_OPTIONS if name in options}
         config = AutoConfig.from_pretrained(path_or_id, **chosen)
     _choose_activations(config, path_or_id, activations)
-    return _model_class(config).from_pretrained(
+    return model_class(config).from_pretrained(
         path_or_id, config=config, dtype=dtype, device_map=device_map, **options
     )
 
@@ -105,7 +105,7 @@ def _choose_activations(config: Any, path_or_id: object, activations: str) -> No
         )
 
 
-def _model_class(config: Any) -> Any:
+def model_class(config: Any) -> Any:
     """The class that config.json names, or the causal language model of its type."""
     for name in getattr(config, "architectures", None) or ():
         model_class = getattr(transformers, name, None)
