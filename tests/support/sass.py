@@ -63,9 +63,14 @@ def instructions(sass: str) -> list[Instruction]:
 
 
 def loops(code: Sequence[Instruction]) -> list[list[Instruction]]:
-    """The bodies of all loops, shortest first: what a branch jumps back over."""
+    """The bodies of all loops, shortest first: what a branch jumps back over.
+
+    Behind a kernel's last exit are waits that had to be repeated, which jump back to where they
+    belong: no loops, though they span what lies between.
+    """
     bodies = []
-    for instruction in code:
+    last = max((i.address for i in code if i.base == "EXIT"), default=code[-1].address)
+    for instruction in (i for i in code if i.address <= last):
         target = _ADDRESS.search(instruction.operands) if instruction.base == "BRA" else None
         # A branch to itself follows the end of every kernel.
         if target is not None and int(target[1], 16) < instruction.address:
