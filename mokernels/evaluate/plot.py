@@ -37,6 +37,7 @@ def plot(comparison: Comparison, path: Path) -> None:
     """
     require_matplotlib()
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     layers = comparison.weights.layers if comparison.weights else ()
     shown = [layer for layer in layers if math.isfinite(layer.sqnr)]
@@ -52,7 +53,7 @@ def plot(comparison: Comparison, path: Path) -> None:
     for kind, points in sorted(curves(shown).items()):
         axes.plot(*zip(*points, strict=True), marker="o", markersize=3, linewidth=1, label=kind)
     axes.set(xlabel="decoder layer", ylabel="SQNR of the weight, dB", title=_title(comparison))
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small", ncols=2)
     figure.savefig(path, dpi=150)

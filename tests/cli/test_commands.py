@@ -15,7 +15,8 @@ from mokernels.demo import hub
 from tests.support.checkpoints import edit_json, edit_tensors, make_checkpoint
 
 DATA = Path(__file__).parents[1] / "data" / "checkpoints"
-COMMANDS = ("demo", "inspect", "check", "generate", "tune")
+COMMANDS = ("demo", "inspect", "check", "generate", "tune", "serve", "chat", "run",
+            "compare", "dequantize")  # fmt: skip
 runner = CliRunner()
 
 
