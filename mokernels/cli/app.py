@@ -192,6 +192,82 @@ def generate(
         typer.echo(text)
 
 
+@app.command(
+    epilog="Example: mokernels quantize ./Qwen3-8B --format NVFP4 --calib text.jsonl -o ./out"
+)
+@sentences
+def quantize(
+    context: typer.Context,
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Folder or hub name of an unquantized model.")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to create.")],
+    format_name: Annotated[
+        str,
+        typer.Option("--format", help="Format; `mokernels demo` lists them."),
+    ] = "NVFP4",
+    calib: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Text to calibrate with, .txt or .jsonl; for FP8, NVFP4, KV caches."),
+    ] = None,
+    exclude: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(help="Pattern of module names that stay plain; may be repeated."),
+    ] = None,
+    kv_cache: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="FP8 or NVFP4: calibrate scales of the KV cache too."),
+    ] = None,
+    observer: Annotated[str, typer.Option(help="max, percentile or mse.")] = "max",
+    unseen: Annotated[
+        str, typer.Option(help="Layers without data: error, max, or an amax.")
+    ] = "error",
+    resume: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Keep what calibration has seen in this file, and go on from it."),
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Samples of the text.")] = 128,
+    length: Annotated[int, typer.Option(min=2, help="Tokens of a sample.")] = 512,
+    batch_size: Annotated[int, typer.Option(min=1, help="Samples at a time.")] = 4,
+    evaluate: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Text, held back, to compare on; Python's own pages if not given."),
+    ] = None,
+    compare_models: Annotated[
+        bool, typer.Option("--compare/--no-compare", help="Compare with the original model.")
+    ] = True,
+    device: Device = "auto",
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
+    ] = False,
+    debug: Debug = False,
+) -> None:
+    """Quantize a model; vLLM, SGLang, TensorRT-LLM and mokernels load the checkpoint."""
+    from mokernels.cli import quantize as ptq
+    from mokernels.demo.hub import local_folder
+
+    task = ptq.Task(
+        model=str(local_folder(model)),
+        output=output,
+        format=format_name,
+        calib=calib,
+        exclude=tuple(exclude or ()),
+        kv_cache=kv_cache,
+        observer=observer,
+        unseen=unseen,
+        resume=resume,
+        samples=samples,
+        length=length,
+        batch_size=batch_size,
+        device=pick_device(device),
+        evaluate=evaluate,
+        compare=compare_models,
+        trust_remote_code=trust_remote_code,
+    )
+    record = ptq.quantize(task, stderr())
+    ptq.print_record(stdout(), record, output)
+
+
 @app.command(epilog="Example: mokernels tune ./Llama-3.1-8B-Instruct-FP8 --dry-run")
 @sentences
 def tune(

@@ -15,7 +15,7 @@ from mokernels.demo import hub
 from tests.support.checkpoints import edit_json, edit_tensors, make_checkpoint
 
 DATA = Path(__file__).parents[1] / "data" / "checkpoints"
-COMMANDS = ("demo", "inspect", "check", "generate", "tune", "serve", "chat", "run",
+COMMANDS = ("demo", "inspect", "check", "generate", "quantize", "tune", "serve", "chat", "run",
             "compare", "dequantize")  # fmt: skip
 runner = CliRunner()
 
@@ -60,7 +60,6 @@ def test_version():
         ("generate", "x"),
         ("generate", "x", "-p", "hi", "--max-new-tokens", "0"),
         ("generate", "x", "-p", "hi", "--temperature", "-1"),
-        ("demo", "--format", "NVFP4"),
         ("demo", "--format", "INT3"),
         ("check", DATA / "fp8", "--values", "some"),
         ("demo", "--device", "abacus"),

@@ -1,0 +1,51 @@
+"""The real ModelOpt beside us: same model, same data, same bytes in every file.
+
+It runs where nvidia-modelopt is installed (extra ``modelopt``); the digests of
+``tests/data/modelopt_exports.json`` hold its results for machines without.
+"""
+
+import pytest
+
+pytest.importorskip("modelopt", reason="nvidia-modelopt is not installed (extra: modelopt)")
+
+import copy
+import json
+
+import modelopt.torch.quantization as mtq
+from modelopt.torch.quantization.utils.core_utils import update_quant_cfg_with_kv_cache_quant
+
+import mokernels
+from tests.ptq.golden import ARCHITECTURES, PRESETS, batches, known_model, modelopt_export
+
+pytestmark = pytest.mark.slow
+FILES = ("model.safetensors", "config.json", "hf_quant_config.json", "generation_config.json")
+
+
+def preset(format, cache):
+    config = copy.deepcopy(getattr(mtq, PRESETS[format]))
+    if cache is None:
+        return config
+    rules = copy.deepcopy(getattr(mtq, f"{cache}_KV_CFG")["quant_cfg"])
+    return update_quant_cfg_with_kv_cache_quant(config, rules)
+
+
+@pytest.mark.parametrize("cache", [None, "FP8", "NVFP4"])
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("format", PRESETS)
+def test_every_file_is_the_same(format, architecture, tied, cache, tmp_path):
+    config = preset(format, cache)
+    modelopt_export(known_model(architecture, tied=tied), config, tmp_path / "theirs")
+    model = known_model(architecture, tied=tied)
+    mokernels.quantize(model, config, batches(), progress=False)
+    mokernels.export(model, tmp_path / "ours")
+    for name in FILES:
+        theirs, ours = (tmp_path / side / name for side in ("theirs", "ours"))
+        assert ours.read_bytes() == theirs.read_bytes(), name
+
+
+def test_modelopts_export_loads(tmp_path):
+    modelopt_export(known_model("Llama"), mtq.NVFP4_DEFAULT_CFG, tmp_path / "theirs")
+    assert mokernels.check(tmp_path / "theirs").ok
+    assert json.loads((tmp_path / "theirs" / "hf_quant_config.json").read_text())
+    mokernels.from_pretrained(tmp_path / "theirs")(batches()[0])
