@@ -53,6 +53,7 @@ __all__ = [
     "batch_invariant",
     "check",
     "compare",
+    "convert",
     "dequantize",
     "explain",
     "export",
@@ -127,6 +128,7 @@ def quantize(
     unseen: str | float = "error",
     resume: str | os.PathLike[str] | None = None,
     out_dir: str | os.PathLike[str] | None = None,
+    trainable: bool = False,
     progress: Any = True,
 ) -> Any:
     """Quantize a model in place, as ``mtq.quantize`` of ModelOpt does; it runs the real kernels.
@@ -155,6 +157,9 @@ def quantize(
         resume: a file that keeps what calibration has seen; a run that was interrupted goes on from
             it. Only with batches.
         out_dir: where you will export to, to be checked now.
+        trainable: keep the float weights and round them, as well as the activations, in every
+            call, so that the model can be fine-tuned (gradients go straight through the rounding;
+            see :mod:`mokernels.ops.fake_quantize`). :func:`convert` or :func:`export` pack it.
         progress: whether to show progress bars.
 
     Returns:
@@ -176,8 +181,31 @@ def quantize(
         unseen=unseen,
         resume=resume,
         out_dir=out_dir,
+        trainable=trainable,
         progress=progress,
     )
+
+
+def convert(model: Any, *, progress: Any = True) -> Any:
+    """Pack a model that :func:`quantize` made with ``trainable=True``, with its current weights.
+
+    The weights get the scales that :func:`quantize` would give them now; the activations keep the
+    calibrated ones. The model changes in place and cannot be trained on; copy it if it should be.
+
+    Args:
+        model: any module; adapters that wrap its layers have to be merged first.
+        progress: whether to show a progress bar.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        ArgumentError: no layer is fake-quantized, or one that was is wrapped or replaced.
+        CalibrationError: a weight holds NaN or infinities; nothing was changed.
+    """
+    from mokernels.hf.quantize import convert as run
+
+    return run(model, progress=progress)
 
 
 def export(
@@ -194,7 +222,8 @@ def export(
     audited and, with ``reload``, loaded again and found to give the model's own logits.
 
     Args:
-        model: a quantized model of transformers.
+        model: a quantized model of transformers; a trainable one is packed in place first, by
+            :func:`convert`.
         out_dir: to create; its parent has to exist.
         tokenizer: its files are written too; by default those of the folder that the model was
             loaded from.

@@ -20,9 +20,10 @@ from mokernels.checkpoint.config import CONFIG_FILE, QUANT_CONFIG_FILE
 from mokernels.checkpoint.layout import nested_layout
 from mokernels.errors import ArgumentError, CheckpointError, MokernelsError
 from mokernels.hf.load import from_pretrained
-from mokernels.hf.quantize import adopt, written_config
+from mokernels.hf.quantize import adopt, convert, written_config
 from mokernels.ptq.model import Quantization, quantization_of
 from mokernels.ptq.report import REPORT_FILE, Reload, write_report
+from mokernels.ptq.trainable import is_trainable
 
 _PROBE = (1, 16)
 """Rows and tokens with which a reloaded model is compared to the one that was exported."""
@@ -39,6 +40,8 @@ def export(
     """Write a checkpoint; see :func:`mokernels.export`."""
     record = _record(model)
     with new_folder(Path(out_dir)) as partial:
+        if is_trainable(model):
+            convert(model, progress=False)
         with _kept_config(model):
             adopt(model, record)
             model.save_pretrained(partial, max_shard_size=max_shard_size)  # type: ignore[operator]

@@ -17,6 +17,7 @@ from mokernels.hf import quantizer
 from mokernels.hf.keys_values import watch_keys_and_values
 from mokernels.hf.quantizer import ModelOptConfig, ModelOptQuantizer, untie
 from mokernels.ptq.model import Quantization, quantize_model
+from mokernels.ptq.pack import convert_model
 
 Steps = Callable[[str], AbstractContextManager[Progress]]
 
@@ -32,10 +33,10 @@ def quantize(
     unseen: str | float = "error",
     resume: str | os.PathLike[str] | None = None,
     out_dir: str | os.PathLike[str] | None = None,
+    trainable: bool = False,
     progress: bool | Steps = True,
 ) -> nn.Module:
     """Quantize a model in place; see :func:`mokernels.quantize`."""
-    steps = progress if callable(progress) else (_bars if progress else None)
     record = quantize_model(
         model,
         config,
@@ -46,9 +47,19 @@ def quantize(
         unseen=unseen,
         resume=resume,
         out_dir=out_dir,
-        progress=steps,
+        trainable=trainable,
+        progress=_steps(progress),
         watch_kv=watch_keys_and_values if isinstance(model, PreTrainedModel) else None,
     )
+    # transformers' Trainer refuses models that say they are quantized: those that train do not yet.
+    if isinstance(model, PreTrainedModel) and not trainable:
+        adopt(model, record)
+    return model
+
+
+def convert(model: nn.Module, *, progress: bool | Steps = True) -> nn.Module:
+    """Pack what was trained, in place; see :func:`mokernels.convert`."""
+    record = convert_model(model, _steps(progress))
     if isinstance(model, PreTrainedModel):
         adopt(model, record)
     return model
@@ -67,6 +78,10 @@ def written_config(record: Quantization) -> dict[str, Any]:
     """``quantization_config`` of config.json."""
     (row,) = record.formats
     return flat_layout(row, record.exclude, record.kv_cache, static=bool(record.amax))
+
+
+def _steps(progress: bool | Steps) -> Steps | None:
+    return progress if callable(progress) else (_bars if progress else None)
 
 
 @contextmanager

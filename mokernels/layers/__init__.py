@@ -18,14 +18,17 @@ from mokernels.layers.swap import (
     choose_activation,
     make_layer,
 )
+from mokernels.layers.trainable import FakeQuantizedLinear, SharedWeightScale
 
 __all__ = [
     "ACTIVATION_CHOICES",
     "Explanation",
     "FP8Linear",
+    "FakeQuantizedLinear",
     "MXFP8Linear",
     "NVFP4Linear",
     "QuantizedLinear",
+    "SharedWeightScale",
     "Siblings",
     "StoredSpec",
     "attach_kv_scales",

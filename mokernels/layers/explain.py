@@ -10,6 +10,7 @@ from torch import nn
 
 from mokernels.formats import Activation, Granularity
 from mokernels.layers.linear import QuantizedLinear
+from mokernels.layers.trainable import FakeQuantizedLinear
 from mokernels.ops import tuned
 from mokernels.ops.configs import ANY_M, M_BUCKETS
 from mokernels.ops.layer_kinds import kind_of_layer
@@ -84,6 +85,10 @@ def explain(model: nn.Module) -> Explanation:
     for name, module in model.named_modules():
         if isinstance(module, QuantizedLinear):
             rows.append(_explain_layer(name, module))
+        elif isinstance(module, FakeQuantizedLinear):
+            treatment = _TREATMENT[module.activation]
+            row = LayerExplanation(name, module.format.name, treatment, "fake-quantized", _TRAINED)
+            rows.append(row)
         elif isinstance(module, nn.Linear):
             plain.append(name)
     return Explanation(tuple(rows), tuple(plain), (*_notes(model), *_files(model)))
@@ -164,6 +169,7 @@ def _notes(model: nn.Module) -> tuple[str, ...]:
     return (f"{len(kept)} KV-cache scales are kept; the cache itself stays in the model's dtype.",)
 
 
+_TRAINED = "the float weight is trained and rounded in every call; mokernels.convert packs it"
 _TREATMENT = {
     Activation.NONE: "not quantized",
     Activation.FP8_STATIC: "E4M3, static",

@@ -3,7 +3,8 @@
 Each operator has a schema, a fake implementation (so that torch.compile and torch.export see its
 shapes), a CPU implementation, which is the definition in :mod:`mokernels.numerics`, and a Triton
 implementation for CUDA, HIP and XPU that is imported when it first runs. The ``*_linear`` and
-``*_weight_only_gemm`` operators also have a gradient.
+``*_weight_only_gemm`` operators and the ``fake_quantize_*`` also have a gradient.
 """
 
-from mokernels.ops import fused, gemm, linear, quantize  # noqa: F401  (each registers its operators)
+# Each registers its operators.
+from mokernels.ops import fake_quantize, fused, gemm, linear, quantize  # noqa: F401

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -55,19 +55,32 @@ def convert_layers(
     Returns:
         Signal to quantization noise of each weight in dB, by name; infinite where it is exact.
     """
-    shared = {name: tuple(group) for group in groups for name in group}
     noise: dict[str, float] = {}
     scales: dict[tuple[str, ...], Tensor] = {}
-    for done, (name, row) in enumerate(chosen.items(), start=1):
-        group = shared.get(name, (name,))
-        group = tuple(other for other in group if chosen.get(other) is row)
-        if group not in scales and len(group) > 1 and _shares_weight_scale(model, row, group):
+    for done, (name, row, group) in enumerate(grouped(chosen, groups), start=1):
+        if group not in scales and shares_weight_scale(model, row, group):
             scales[group] = _largest_amax(model, group)
-        largest = max((amax[other] for other in group if other in amax), default=None)
-        noise[name] = _convert(model, name, row, largest, scales.get(group))
+        scale = input_scale_of(row, amax, group)
+        noise[name] = replace_layer(model, name, row, scale, scales.get(group))
         if progress is not None:
             progress(done, len(chosen))
     return noise
+
+
+def grouped(
+    chosen: Mapping[str, Format], groups: Sequence[Sequence[str]]
+) -> Iterator[tuple[str, Format, tuple[str, ...]]]:
+    """Every layer, its format, and the layers of that format with its input, itself among them."""
+    shared = {name: tuple(group) for group in groups for name in group}
+    for name, row in chosen.items():
+        group = shared.get(name, (name,))
+        yield name, row, tuple(other for other in group if chosen.get(other) is row)
+
+
+def input_scale_of(row: Format, amax: Mapping[str, float], group: Sequence[str]) -> Tensor | None:
+    """The activation scale that layers with one input share, fp32 []; None without calibration."""
+    largest = max((amax[name] for name in group if name in amax), default=None)
+    return input_scale(row, largest) if is_calibrated(row) and largest is not None else None
 
 
 def fused_groups(model: nn.Module, chosen: Mapping[str, Format]) -> list[tuple[str, ...]]:
@@ -82,13 +95,23 @@ def fused_groups(model: nn.Module, chosen: Mapping[str, Format]) -> list[tuple[s
     return groups
 
 
-def _convert(
-    model: nn.Module, name: str, row: Format, amax: float | None, weight_amax: Tensor | None
+def replace_layer(
+    model: nn.Module, name: str, row: Format, scale: Tensor | None, weight_amax: Tensor | None
 ) -> float:
+    """Replace one layer in place.
+
+    Args:
+        model: that holds the layer.
+        name: of the layer.
+        row: its format.
+        scale: the stored scale of its activations, fp32 [], or None.
+        weight_amax: of all weights that share a scale with its own, fp32 [], or None.
+
+    Returns:
+        Signal to quantization noise of the weight in dB.
+    """
     linear = model.get_submodule(name)
-    scales: dict[str, Any] = {}
-    if is_calibrated(row) and amax is not None:
-        scales["input_scale"] = input_scale(row, amax)
+    scales: dict[str, Any] = {} if scale is None else {"input_scale": scale}
     with resident(linear) as weight:
         if weight_amax is not None:
             key = "weight_scale_2" if row.second_scale else "weight_amax"
@@ -136,14 +159,14 @@ def _signal_to_noise(weight: Tensor, layer: QuantizedLinear) -> float:
     return float(10 * torch.log10(torch.tensor(max(signal / lost, 1e-30), dtype=torch.float64)))
 
 
-def _shares_weight_scale(model: nn.Module, row: Format, group: Sequence[str]) -> bool:
+def shares_weight_scale(model: nn.Module, row: Format, group: Sequence[str]) -> bool:
     """Whether ModelOpt's export gives layers with one input one weight scale, too.
 
     It does where the weight's amax is one number, FP8 per tensor aside: in NVFP4, and in FP8_PB_WO
     when the first of the group fits one block.
     """
-    if row.second_scale:
-        return True
+    if row.second_scale or len(group) < 2:
+        return len(group) > 1
     first = model.get_submodule(group[0])
     whole = row.granularity is Granularity.BLOCK
     return whole and max(first.weight.shape) <= FP8_BLOCK

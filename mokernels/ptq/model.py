@@ -30,6 +30,7 @@ from mokernels.ptq.rehearse import (
     excluded_patterns,
 )
 from mokernels.ptq.state import CalibrationState, fingerprint
+from mokernels.ptq.trainable import check_resident, fake_quantize_layers
 
 logger = logging.getLogger("mokernels")
 
@@ -85,6 +86,7 @@ def quantize_model(
     unseen: str | float = "error",
     resume: str | os.PathLike[str] | None = None,
     out_dir: str | os.PathLike[str] | None = None,
+    trainable: bool = False,
     progress: Callable[[str], AbstractContextManager[Progress]] | None = None,
     watch_kv: KeyValueWatch | None = None,
 ) -> Quantization:
@@ -100,6 +102,7 @@ def quantize_model(
         unseen: likewise.
         resume: likewise.
         out_dir: likewise.
+        trainable: likewise.
         progress: makes a context for a step of a name, which gives a function (done, total).
         watch_kv: how to observe keys and values; without it no KV cache can be calibrated.
 
@@ -107,12 +110,14 @@ def quantize_model(
         ArgumentError: an argument is wrong, or the model cannot be quantized so.
         CalibrationError: calibration cannot give every layer a scale.
     """
-    progress = progress or _silent
+    progress = progress or silent
     wanted = parse_config(config, exclude=exclude, kv_cache=kv_cache)
     chosen = choose_layers(model, wanted)
     excluded = excluded_patterns(model, chosen)
     _check_fill(unseen)
     check_weights(model, chosen)
+    if trainable:
+        check_resident(model, chosen)
     if out_dir is not None:
         check_destination(out_dir, checkpoint_nbytes(model, chosen))
     observers = {
@@ -129,8 +134,9 @@ def quantize_model(
     fill_unseen(kv_observers, "error")
     amax = {name: each.result() for name, each in observers.items()}
     _warn_of_zeros(amax)
+    install = fake_quantize_layers if trainable else convert_layers
     with progress("quantize weights") as advance:
-        noise = convert_layers(model, chosen, amax, seen.groups(), advance)
+        noise = install(model, chosen, amax, seen.groups(), advance)
     _store_kv_scales(model, kv_observers)
     finish_loading(model)
     record = Quantization(
@@ -288,5 +294,6 @@ def _formats(chosen: Mapping[str, Format]) -> str:
 
 
 @contextmanager
-def _silent(step: str) -> Iterator[Progress]:
+def silent(step: str) -> Iterator[Progress]:
+    """No progress bar."""
     yield lambda done, total: None

@@ -14,7 +14,7 @@ from mokernels.checkpoint.excluded import summarize_excluded
 from mokernels.checkpoint.schema import matches
 from mokernels.errors import ArgumentError, CalibrationError
 from mokernels.formats import Format
-from mokernels.layers import QuantizedLinear
+from mokernels.layers import FakeQuantizedLinear, QuantizedLinear
 from mokernels.ptq.config import QuantizeConfig
 
 _CONVERTIBLE = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -33,6 +33,11 @@ def choose_layers(model: nn.Module, config: QuantizeConfig) -> dict[str, Format]
         raise ArgumentError(
             "The model holds quantized layers already. Load the original model and quantize that: "
             "what rounding took away does not come back."
+        )
+    if any(isinstance(module, FakeQuantizedLinear) for module in model.modules()):
+        raise ArgumentError(
+            "The model holds fake-quantized layers already. mokernels.convert packs them with the "
+            "weights that they have now; to choose another format, load the original model."
         )
     linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
     shared = _weights_shared_with_embeddings(model)

@@ -11,6 +11,7 @@ import mokernels  # noqa: F401  (registers the operators)
 from mokernels import numerics
 from mokernels.errors import ArgumentError
 from mokernels.ops.quantize import QUANTIZERS as ALL_QUANTIZERS
+from tests.ops.test_fake_quantize import ALL as FAKE_QUANTIZERS
 from tests.support.compare import assert_same_bits
 
 OPS = torch.ops.mokernels
@@ -330,6 +331,8 @@ def test_every_operator_is_checked():
     covered |= {"quantize_nvfp4_to_bf16", "quantize_mxfp8_to_bf16"}
     # Those of tests/ops/test_fused.py, which takes every quantizer there is.
     covered |= {f"{producer}_quantize_{name}" for producer in PRODUCERS for name in ALL_QUANTIZERS}
+    # Those of tests/ops/test_fake_quantize.py.
+    covered |= {f"fake_quantize_{name.partition('/')[0]}" for name in FAKE_QUANTIZERS}
     assert registered == covered
 
 

@@ -7,6 +7,14 @@ the choices of every target that way. It plans its launches as data (:class:`pla
 the tests compile ahead of time for targets that this machine lacks, and then runs them.
 """
 
+from mokernels.ops.launch.fake_quantize import (
+    fake_quantize_fp8,
+    fake_quantize_fp8_per_token,
+    fake_quantize_fp8_weight,
+    fake_quantize_mxfp8,
+    fake_quantize_nvfp4,
+    fake_quantize_nvfp4_weight,
+)
 from mokernels.ops.launch.fused import (
     add_rms_norm_quantize,
     gated_quantize,
@@ -49,6 +57,12 @@ __all__ = [
     "dequantize_fp8_per_token",
     "dequantize_mxfp8",
     "dequantize_nvfp4",
+    "fake_quantize_fp8",
+    "fake_quantize_fp8_per_token",
+    "fake_quantize_fp8_weight",
+    "fake_quantize_mxfp8",
+    "fake_quantize_nvfp4",
+    "fake_quantize_nvfp4_weight",
     "fp8_block_linear",
     "fp8_gemm",
     "fp8_linear",
