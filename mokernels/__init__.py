@@ -61,6 +61,7 @@ __all__ = [
     "generate",
     "load_into",
     "quantize",
+    "quantize_checkpoint",
     "release",
 ]
 
@@ -206,6 +207,61 @@ def convert(model: Any, *, progress: Any = True) -> Any:
     from mokernels.hf.quantize import convert as run
 
     return run(model, progress=progress)
+
+
+def quantize_checkpoint(
+    path: str | os.PathLike[str],
+    out_dir: str | os.PathLike[str],
+    config: str | Mapping[str, Any],
+    *,
+    exclude: Iterable[str] = (),
+    max_shard_size: int | str = "10GB",
+    device: Any = "cpu",
+    progress: Any = True,
+) -> Path:
+    """Quantize a folder of plain weights that need not fit into memory, without its model.
+
+    A few pieces of a tensor, of about 16 MiB each, are in memory at a time. Names and shapes
+    decide what is a linear layer; everything that can be told from them is checked before anything
+    is read or written. The result is that of :func:`quantize` and :func:`export`, to the byte of
+    each tensor, if the weights are stored in the dtype that config.json gives.
+
+    Args:
+        path: a folder of Hugging Face's layout: config.json and safetensors in bf16, fp16 or fp32.
+        out_dir: to create; its parent has to exist.
+        config: as for :func:`quantize`, for a format that needs no data:
+            "FP8_PER_CHANNEL_PER_TOKEN", "FP8_PB_WO", "MXFP8", or "FP8", whose activations are then
+            quantized with a dynamic scale per token.
+        exclude: patterns of module names that stay plain, beside ModelOpt's own exclusions.
+        max_shard_size: bytes, or a text such as "10GB".
+        device: where to compute.
+        progress: whether to show a progress bar, or a function that is called with the number of
+            tensors written, and of all.
+
+    Returns:
+        ``out_dir``, which appears only when it is complete and audited.
+
+    Raises:
+        ArgumentError: an argument is wrong, or the folder cannot be quantized so.
+        CalibrationError: a weight is empty or holds NaN or infinities.
+        CheckpointError: the files are broken, or the audit found errors.
+        OSError: the disk is full, ...
+    """
+    from mokernels.ptq.stream import quantize_folder
+
+    options: dict[str, Any] = {"exclude": exclude, "max_shard_size": max_shard_size}
+    options["device"] = device
+    if callable(progress):
+        return quantize_folder(path, out_dir, config, progress=progress, **options)
+    from tqdm.auto import tqdm
+
+    with tqdm(desc="quantize tensors", dynamic_ncols=True, disable=not progress) as bar:
+
+        def advance(done: int, total: int | None) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        return quantize_folder(path, out_dir, config, progress=advance, **options)
 
 
 def export(

@@ -74,8 +74,12 @@ class Checkpoint:
             raise self._changed(name, info, str(error)) from error
         return self._verified(name, info, tensor, info.shape)
 
-    def chunks(self, name: str) -> Iterator[tuple[int, Tensor]]:
+    def chunks(self, name: str, multiple: int = 1) -> Iterator[tuple[int, Tensor]]:
         """The tensor ``name`` in pieces of about 16 MiB along its first dimension.
+
+        Args:
+            name: of the tensor.
+            multiple: every piece but the last has a number of rows divisible by this.
 
         Yields:
             (index of the piece's first row, the piece); a scalar comes whole, with index 0.
@@ -85,6 +89,7 @@ class Checkpoint:
             yield 0, self.tensor(name)
             return
         rows = max(1, CHUNK_BYTES * info.shape[0] // info.nbytes)
+        rows = -(-rows // multiple) * multiple
         for start in range(0, info.shape[0], rows):
             yield start, self._rows(name, info, start, min(start + rows, info.shape[0]))
 

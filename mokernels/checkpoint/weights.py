@@ -42,7 +42,8 @@ def quantize_weight(
             quantizes activations per token.
         weight_scale_2: fp32 [], for NVFP4: the scale of all blocks, from the weight itself when
             None. Layers that are fused when served (q/k/v, gate/up) share the largest.
-        weight_amax: fp32 [], for FP8_PB_WO: every block's amax, its own when None.
+        weight_amax: fp32 [], for FP8_PB_WO: every block's amax; for FP8: that of the whole weight,
+            of which ``weight`` may be some rows. Its own when None.
 
     Returns:
         Leaf -> tensor, in the checkpoint's dtypes and shapes, on the weight's device.
@@ -64,6 +65,8 @@ def quantize_weight(
             codes, weight_scale = quantizer(weight)
         elif format.granularity is Granularity.BLOCK:
             codes, weight_scale = quantize_fp8_block_weight(weight, weight_amax)
+        elif format.granularity is Granularity.TENSOR:
+            codes, weight_scale = quantize_fp8_tensor_weight(weight, weight_amax)
         else:
             raise ArgumentError(f"{format.name} takes no weight_amax; leave it out.")
         stored = {"weight": codes, "weight_scale": weight_scale}

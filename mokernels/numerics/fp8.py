@@ -72,14 +72,15 @@ def quantize_fp8_per_block(x: Tensor) -> tuple[Tensor, Tensor]:
     return codes[..., :k].contiguous(), multiplier.reciprocal()
 
 
-def quantize_fp8_tensor_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_fp8_tensor_weight(weight: Tensor, amax: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """ModelOpt's FP8 export of a weight [N, K]: codes and the scale [] = amax / 448.
 
     The quotient weight / scale is rounded to the weight's own dtype before it becomes E4M3, because
     ModelOpt divides by a zero-dimensional fp32 tensor, which does not promote. For a bf16 weight
-    that rounds twice; it is reproduced because exports have to agree bit for bit.
+    that rounds twice; it is reproduced because exports have to agree bit for bit. ``amax``,
+    fp32 [], is that of the whole weight where ``weight`` is a part of its rows.
     """
-    scale = _positive_scale(weight.abs().amax().float())
+    scale = _positive_scale(weight.abs().amax().float() if amax is None else amax)
     return encode_e4m3(weight / scale), scale
 
 

@@ -83,14 +83,14 @@ def input_scale_of(row: Format, amax: Mapping[str, float], group: Sequence[str])
     return input_scale(row, largest) if is_calibrated(row) and largest is not None else None
 
 
-def fused_groups(model: nn.Module, chosen: Mapping[str, Format]) -> list[tuple[str, ...]]:
+def fused_groups(chosen: Mapping[str, Format]) -> list[tuple[str, ...]]:
     """Layers that share an input going by their names: q/k/v and gate/up, two or more each."""
     groups = []
-    for parent, module in model.named_modules():
+    for parent in dict.fromkeys(name.rpartition(".")[0] for name in chosen):
         for names in NAMES:
             children = [f"{parent}.{name}" if parent else name for name in names]
             present = tuple(child for child in children if child in chosen)
-            if len(present) > 1 and all(hasattr(module, child.split(".")[-1]) for child in present):
+            if len(present) > 1:
                 groups.append(present)
     return groups
 
@@ -160,16 +160,23 @@ def _signal_to_noise(weight: Tensor, layer: QuantizedLinear) -> float:
 
 
 def shares_weight_scale(model: nn.Module, row: Format, group: Sequence[str]) -> bool:
+    """Whether layers of a model with one input get one weight scale; see :func:`one_scale`."""
+    return len(group) > 1 and one_scale(row, model.get_submodule(group[0]).weight.shape)
+
+
+def one_scale(row: Format, first: Sequence[int]) -> bool:
     """Whether ModelOpt's export gives layers with one input one weight scale, too.
 
     It does where the weight's amax is one number, FP8 per tensor aside: in NVFP4, and in FP8_PB_WO
     when the first of the group fits one block.
+
+    Args:
+        row: format of the layers.
+        first: shape of the first layer's weight.
     """
-    if row.second_scale or len(group) < 2:
-        return len(group) > 1
-    first = model.get_submodule(group[0])
-    whole = row.granularity is Granularity.BLOCK
-    return whole and max(first.weight.shape) <= FP8_BLOCK
+    if row.second_scale:
+        return True
+    return row.granularity is Granularity.BLOCK and max(first) <= FP8_BLOCK
 
 
 def _largest_amax(model: nn.Module, group: Sequence[str]) -> Tensor:

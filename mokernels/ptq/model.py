@@ -233,7 +233,7 @@ class _Calibration:
 
     def groups(self) -> Sequence[Sequence[str]]:
         """Layers that share an input: as it was seen, or else by their names."""
-        return self._shared or fused_groups(self._model, self._chosen)
+        return self._shared or fused_groups(self._chosen)
 
 
 def _kv_observers(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -52,7 +52,7 @@ def choose_layers(model: nn.Module, config: QuantizeConfig) -> dict[str, Format]
             "linear layers is left by the configuration and the exclusions. Exclude less."
         )
     _check_experts(model, config)
-    _check_features({name: linears[name] for name in chosen}, chosen)
+    check_features({name: linears[name].in_features for name in chosen}, chosen)
     return chosen
 
 
@@ -67,6 +67,11 @@ def excluded_patterns(model: nn.Module, chosen: Mapping[str, Format]) -> list[st
         for name, module in model.named_modules()
         if isinstance(module, _CONVERTIBLE) and name not in chosen
     ]
+    return patterns_of(plain, chosen)
+
+
+def patterns_of(plain: Iterable[str], chosen: Mapping[str, Format]) -> list[str]:
+    """The same from the names of the plain modules; raises as :func:`excluded_patterns` does."""
     patterns = summarize_excluded(plain, list(chosen))
     wrong = [name for name in chosen if matches(name, patterns)]
     if wrong:
@@ -88,10 +93,15 @@ def check_weights(model: nn.Module, chosen: Mapping[str, Format]) -> None:
         if not isinstance(weight, torch.Tensor) or weight.is_meta:
             continue
         if weight.numel() == 0 or not bool(weight.isfinite().all()):
-            raise CalibrationError(
-                f"The weight of the layer {name!r} is empty or holds NaN or infinities; such a "
-                "weight has no scale. Repair the model, or exclude the layer."
-            )
+            raise no_scale(name)
+
+
+def no_scale(name: str) -> CalibrationError:
+    """The error for a layer whose weight is empty or not finite."""
+    return CalibrationError(
+        f"The weight of the layer {name!r} is empty or holds NaN or infinities; such a "
+        "weight has no scale. Repair the model, or exclude the layer."
+    )
 
 
 def check_destination(folder: str | os.PathLike[str], nbytes: int) -> None:
@@ -162,17 +172,18 @@ def _check_experts(model: nn.Module, config: QuantizeConfig) -> None:
                 )
 
 
-def _check_features(layers: Mapping[str, nn.Linear], chosen: Mapping[str, Format]) -> None:
+def check_features(features: Mapping[str, int], chosen: Mapping[str, Format]) -> None:
+    """Refuse layers whose input features (by name) do not fit their format, all in one message."""
     misfits = [
-        (name, layer.in_features, chosen[name])
-        for name, layer in layers.items()
-        if layer.in_features % chosen[name].k_multiple
+        (name, count, chosen[name])
+        for name, count in features.items()
+        if count % chosen[name].k_multiple
     ]
     if misfits:
         lines = [
-            f"{name!r} has {features} input features, wanted a multiple of {row.k_multiple} for "
+            f"{name!r} has {count} input features, wanted a multiple of {row.k_multiple} for "
             f"{row.name}"
-            for name, features, row in misfits[:8]
+            for name, count, row in misfits[:8]
         ]
         more = f", and {len(misfits) - 8} more layers" if len(misfits) > 8 else ""
         remedy = ", ".join(repr(name) for name, *_ in misfits[:3])

@@ -21,7 +21,7 @@ def test_tensors_and_configuration(architecture, format):
     chosen = choose_layers(model, parse_config(format))
     excluded = excluded_patterns(model, chosen)
     assert nested_layout(FORMATS[format], excluded, None) == entry["hf_quant_config"]
-    noise = convert_layers(model, chosen, entry["amax"], fused_groups(model, chosen))
+    noise = convert_layers(model, chosen, entry["amax"], fused_groups(chosen))
     assert digest(model.state_dict().items()) == entry["digest"]
     bits = 8 // FORMATS[format].element.per_item
     assert all({8: 28, 4: 17}[bits] < value < {8: 40, 4: 25}[bits] for value in noise.values())
