@@ -256,9 +256,11 @@ LATER_FORMATS: tuple[str, ...] = (
     "W4A8_AWQ",
     "W8A8_SQ_PER_CHANNEL",
     "W8A16",
-    "MIXED_PRECISION",
 )
 """Algorithms of ModelOpt 0.47 that this version recognises by name but does not run."""
+
+MIXED_PRECISION = "MIXED_PRECISION"
+"""The ``quant_algo`` of a checkpoint that lists an algorithm for every quantized layer."""
 
 KV_CACHE_FORMATS: tuple[str, ...] = ("FP8", "NVFP4", "NVFP4_AFFINE", "INT8")
 """KV-cache algorithms of ModelOpt; the scales are kept, the cache stays in the model's dtype."""

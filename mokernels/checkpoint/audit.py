@@ -12,8 +12,8 @@ from typing import Literal, get_args
 
 from mokernels.checkpoint.coverage import check_coverage
 from mokernels.checkpoint.files import checked_folder
+from mokernels.checkpoint.listed import check_group_sizes
 from mokernels.checkpoint.modules import (
-    DO_NOT_GUESS,
     EXPORT_AGAIN,
     check_kv_scales,
     check_module,
@@ -34,7 +34,7 @@ from mokernels.checkpoint.report import Report
 from mokernels.checkpoint.schema import QuantizationConfig
 from mokernels.checkpoint.values import check_values
 from mokernels.errors import ArgumentError, CheckpointError, Finding
-from mokernels.formats import FP8_BLOCK, KV_CACHE_FORMATS, Activation, Format, Granularity
+from mokernels.formats import KV_CACHE_FORMATS, Activation
 
 Values = Literal["all", "scales", "none"]
 
@@ -113,7 +113,7 @@ def _check_config(config: QuantizationConfig, groups: dict[str, Group]) -> Itera
     """The configuration against the checkpoint as a whole."""
     quantized = [module for module, group in groups.items() if is_quantized(group)]
     file = config.files[0] if config.files else None
-    if quantized and config.format is None:
+    if quantized and not config.formats:
         rows = evident_formats(groups[quantized[0]])
         guess = f" They look like {' or '.join(row.name for row in rows)}." if rows else ""
         yield Finding(
@@ -125,7 +125,7 @@ def _check_config(config: QuantizationConfig, groups: dict[str, Group]) -> Itera
             file=file,
             layer=quantized[0],
         )
-    elif not quantized and config.format is not None:
+    elif not quantized and config.formats:
         yield Finding(
             "nothing-quantized",
             "the configuration names an algorithm and no module is quantized",
@@ -142,19 +142,7 @@ def _check_config(config: QuantizationConfig, groups: dict[str, Group]) -> Itera
             remedy="The weights are loaded as they are.",
             severity="warning",
         )
-    yield from _check_config_fields(config, file)
-
-
-def _check_config_fields(config: QuantizationConfig, file: str | None) -> Iterator[Finding]:
-    if config.format and config.group_size not in _group_sizes(config.format):
-        yield Finding(
-            "group-size",
-            f"the group size does not fit {config.format.name}",
-            found=str(config.group_size),
-            wanted=str(config.format.group_size or "none"),
-            remedy=f"{DO_NOT_GUESS} {EXPORT_AGAIN}",
-            file=file,
-        )
+    yield from check_group_sizes(config)
     if config.kv_cache and config.kv_cache not in KV_CACHE_FORMATS:
         yield Finding(
             "kv-cache-unknown",
@@ -165,13 +153,6 @@ def _check_config_fields(config: QuantizationConfig, file: str | None) -> Iterat
             file=file,
             severity="warning",
         )
-
-
-def _group_sizes(format: Format) -> tuple[int | None, ...]:
-    """What the configuration may say; None where it says nothing."""
-    if format.granularity is Granularity.BLOCK:
-        return (None, 0, FP8_BLOCK)
-    return (None, format.group_size)
 
 
 def _check_input_scales(plan: CheckpointPlan) -> Iterator[Finding]:

@@ -14,12 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from mokernels.checkpoint.files import brief, checked_folder, has_file, read_json
+from mokernels.checkpoint.listed import check_listed, check_unlisted, differences
 from mokernels.checkpoint.schema import RESTORE, QuantizationConfig, Section
 from mokernels.errors import CheckpointError, Finding, UnsupportedFormatError
 from mokernels.formats import LATER_FORMATS, find_format, supported_names
 
 QUANT_CONFIG_FILE = "hf_quant_config.json"
 CONFIG_FILE = "config.json"
+
+_UNSUPPORTED = ("method-unsupported", "format-unsupported")
 
 
 def read_quantization(folder: str | os.PathLike[str]) -> QuantizationConfig:
@@ -134,6 +137,7 @@ def find_section(
 
 def _merge(first: QuantizationConfig, second: QuantizationConfig) -> QuantizationConfig:
     """``first``, completed by ``second``, with a warning for each contradiction."""
+    same = _canonical(first.algorithm) == _canonical(second.algorithm)
     pairs: list[tuple[str, object, object]] = [
         ("algorithm", _canonical(first.algorithm), _canonical(second.algorithm)),
         ("list of excluded modules", sorted(set(first.exclude)), sorted(set(second.exclude))),
@@ -141,6 +145,8 @@ def _merge(first: QuantizationConfig, second: QuantizationConfig) -> Quantizatio
     ]
     if first.group_size is not None and second.group_size is not None:
         pairs.append(("group size", first.group_size, second.group_size))
+    if first.quantized_layers and second.quantized_layers:
+        pairs.append(("list of quantized layers", *differences(first, second)))
     warnings = tuple(
         Finding(
             "config-contradiction",
@@ -159,7 +165,8 @@ def _merge(first: QuantizationConfig, second: QuantizationConfig) -> Quantizatio
         group_size=second.group_size if first.group_size is None else first.group_size,
         producer=first.producer or second.producer,
         files=first.files + second.files,
-        quantized_layers=first.quantized_layers or second.quantized_layers,
+        # A file that says another algorithm is not followed in anything that belongs to it.
+        quantized_layers=first.quantized_layers or (second.quantized_layers if same else {}),
         findings=first.findings + second.findings + warnings,
     )
 
@@ -177,11 +184,14 @@ def _shown(value: object) -> str:
 
 
 def _with_format(config: QuantizationConfig, path: str | os.PathLike[str]) -> QuantizationConfig:
+    row = find_format(config.algorithm) if config.algorithm else None
+    if config.algorithm and not row and not config.mixed:
+        raise UnsupportedFormatError(path, [_unsupported(config)])
+    errors = [*(check_listed(config) if config.mixed else check_unlisted(config, row))]
+    if errors:
+        raise _error(path, errors)
     if config.algorithm is None:
         return replace(config, findings=(*config.findings, *_unquantized(config)))
-    row = find_format(config.algorithm)
-    if row is None:
-        raise UnsupportedFormatError(path, [_unsupported(config)])
     return replace(config, format=row)
 
 
@@ -206,11 +216,10 @@ def _unsupported(config: QuantizationConfig) -> Finding:
             f"{name} is an algorithm of ModelOpt that mokernels does not run yet; "
             "take a checkpoint of a supported format, or a later version of mokernels."
         )
-    mixed = sorted(set(config.quantized_layers.values()))
     return Finding(
         "format-unsupported",
         "this version does not run the algorithm of the checkpoint",
-        found=brief(config.algorithm) + (f" of {', '.join(mixed)}" if mixed else ""),
+        found=brief(config.algorithm),
         wanted=f"one of {supported_names()}",
         remedy=remedy,
         file=config.files[0],
@@ -219,5 +228,5 @@ def _unsupported(config: QuantizationConfig) -> Finding:
 
 def _error(path: str | os.PathLike[str], errors: list[Finding]) -> CheckpointError:
     """The error for ``errors``; another quantization method is an unsupported format."""
-    foreign = all(finding.rule == "method-unsupported" for finding in errors)
+    foreign = all(finding.rule in _UNSUPPORTED for finding in errors)
     return (UnsupportedFormatError if foreign else CheckpointError)(Path(path), errors)

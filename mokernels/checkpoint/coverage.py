@@ -24,15 +24,20 @@ def check_coverage(
     config: QuantizationConfig,
     linear_names: Collection[str] | None,
 ) -> Iterator[Finding]:
-    """One finding for each plain matrix that the configuration does not exclude.
+    """One finding for each plain matrix that should be quantized.
+
+    Where formats are mixed that is a layer that is listed; otherwise any that is not excluded.
 
     Args:
         groups: all modules.
-        config: with the exclusions; without a format nothing has to be quantized.
+        config: with the exclusions, or the list; without a format nothing has to be quantized.
         linear_names: see :func:`mokernels.checkpoint.audit.audit`.
     """
     quantized = {_last(module) for module, group in groups.items() if is_quantized(group)}
-    if config.format is None or not quantized:
+    if not config.formats or not quantized:
+        return
+    if config.mixed:
+        yield from _check_list(groups, config, linear_names)
         return
     linear = None if linear_names is None else frozenset(linear_names)
     for module, group in groups.items():
@@ -44,6 +49,65 @@ def check_coverage(
             yield _finding(module, group, config, "it may be a linear layer", "warning")
         elif linear is not None and module in linear:
             yield _finding(module, group, config, "it is a linear layer of the model", "error")
+
+
+def _check_list(
+    groups: Mapping[str, Group],
+    config: QuantizationConfig,
+    linear_names: Collection[str] | None,
+) -> Iterator[Finding]:
+    """Layers that are listed and plain, and names in the list that stand for nothing."""
+    found: set[str] = set()
+    for module, group in groups.items():
+        listing = config.listing(module)
+        if listing is None:
+            continue
+        if is_quantized(group):
+            found.update(_containers(module))
+        elif _is_plain_matrix(group) and (listing == module or _is_linear(module, linear_names)):
+            found.update(_containers(module))
+            yield _listed_but_plain(module, listing, group, config)
+    for name, listed in config.quantized_layers.items():
+        if name not in found:
+            yield Finding(
+                "listed-but-missing",
+                "the configuration lists a quantized layer that the checkpoint lacks",
+                found=", ".join(groups.get(name, ())) or "no tensor of that name",
+                wanted=f"the tensors of a layer of {listed.algorithm}",
+                remedy="Download all the shards again, or export the model again.",
+                file=config.files[0],
+                layer=name,
+            )
+
+
+def _containers(module: str) -> Iterator[str]:
+    while module:
+        yield module
+        module = module.rpartition(".")[0]
+
+
+def _is_linear(module: str, linear_names: Collection[str] | None) -> bool:
+    if linear_names is None:
+        return _last(module) not in EMBEDDING_NAMES
+    return module in linear_names
+
+
+def _listed_but_plain(
+    module: str, listing: str, group: Group, config: QuantizationConfig
+) -> Finding:
+    weight = group["weight"]
+    how = "" if listing == module else f" by the name of its container {listing!r}"
+    return Finding(
+        "listed-but-plain",
+        f"the configuration lists the layer as quantized{how}, and it is not",
+        found=f"a plain weight of {str(weight.dtype).removeprefix('torch.')} and no weight_scale",
+        wanted=f"a layer of {config.quantized_layers[listing].algorithm}",
+        remedy="Export the model again; if the layer is meant to be plain, take it out of "
+        "quantized_layers.",
+        file=weight.file,
+        tensor=f"{module}.weight",
+        layer=module,
+    )
 
 
 def _is_plain_matrix(group: Group) -> bool:

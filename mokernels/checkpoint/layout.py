@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mokernels.checkpoint.config import parse_layout
 from mokernels.checkpoint.files import read_json
-from mokernels.formats import Activation, Format, find_format
+from mokernels.formats import MIXED_PRECISION, Activation, Format, Granularity, find_format
 
 LAYOUT_VERSION = "0.47.0"
 """Version of ModelOpt whose layout is written; loaders go by it."""
@@ -18,33 +18,45 @@ _LOWER_CASE = frozenset({"FP8_PB_WO"})
 _DESCRIBED_BITS = {"FP8": 8, "NVFP4": 4}
 """Formats whose "config_groups" are written, and the bits of an element."""
 
+Quantized = Format | Mapping[str, Format]
+"""The format of all quantized layers, or of each by its name, in the model's order."""
 
-def nested_layout(format: Format, exclude: Sequence[str], kv_cache: str | None) -> dict[str, Any]:
+
+def nested_layout(
+    quantized: Quantized, exclude: Sequence[str], kv_cache: str | None
+) -> dict[str, Any]:
     """Content of ``hf_quant_config.json``.
 
     Args:
-        format: of the quantized layers.
-        exclude: patterns of module names that are not quantized.
+        quantized: the format or formats of the quantized layers.
+        exclude: patterns of module names that are not quantized; not written where layers differ,
+            since every quantized layer is listed then.
         kv_cache: algorithm of the KV cache, or None.
     """
-    body: dict[str, Any] = {"quant_algo": written_name(format), "kv_cache_quant_algo": kv_cache}
-    if format.group_size:
-        body["group_size"] = format.group_size
-    body["exclude_modules"] = list(exclude)
+    format = one_format(quantized)
+    if isinstance(format, Format):
+        name = {"quant_algo": written_name(format), "kv_cache_quant_algo": kv_cache}
+        body: dict[str, Any] = {**name, **_stated(format), "exclude_modules": list(exclude)}
+    else:
+        body = {"quant_algo": MIXED_PRECISION, "kv_cache_quant_algo": kv_cache}
+        body["quantized_layers"] = {name: _stated(row) for name, row in format.items()}
     return {"producer": _producer(LAYOUT_VERSION), "quantization": body}
 
 
 def flat_layout(
-    format: Format, exclude: Sequence[str], kv_cache: str | None, *, static: bool = True
+    quantized: Quantized, exclude: Sequence[str], kv_cache: str | None, *, static: bool = True
 ) -> dict[str, Any]:
     """``quantization_config`` of ``config.json``.
 
     Args:
-        format: of the quantized layers.
-        exclude: patterns of module names that are not quantized.
+        quantized: the format or formats of the quantized layers.
+        exclude: as in :func:`nested_layout`.
         kv_cache: algorithm of the KV cache, or None.
         static: whether the activation scales are stored (for FP8).
     """
+    format = one_format(quantized)
+    if not isinstance(format, Format):
+        return _mixed(format) | _flat(MIXED_PRECISION, (), kv_cache, LAYOUT_VERSION)
     groups: dict[str, Any] = {}
     if format.name in _DESCRIBED_BITS:
         groups["config_groups"] = {"group_0": _group(format, static)}
@@ -65,10 +77,22 @@ def parse_quantization_file(path: str | os.PathLike[str]) -> dict[str, Any]:
     if row is not None:
         return flat_layout(row, config.exclude, config.kv_cache)
     flat = _flat(config.algorithm, config.exclude, config.kv_cache, config.producer)
-    if config.quantized_layers:
-        layers = {key: {"quant_algo": value} for key, value in config.quantized_layers.items()}
+    listed = {name: layer.format for name, layer in config.quantized_layers.items()}
+    known = {name: row for name, row in listed.items() if row is not None}
+    if known and len(known) == len(listed):
+        return _mixed(known) | flat
+    if listed:
+        layers = {n: {"quant_algo": row.algorithm} for n, row in config.quantized_layers.items()}
         flat["quantized_layers"] = layers
     return flat
+
+
+def one_format(quantized: Quantized) -> Quantized:
+    """The one format, if layers that are given by name have the same."""
+    if isinstance(quantized, Format):
+        return quantized
+    rows = list(dict.fromkeys(quantized.values()))
+    return rows[0] if len(rows) == 1 else quantized
 
 
 def written_name(format: Format) -> str:
@@ -96,6 +120,34 @@ def _group(format: Format, static: bool) -> dict[str, Any]:
         "weights": {"dynamic": False, **bits},
         "targets": ["Linear"],
     }
+
+
+def _stated(format: Format) -> dict[str, Any]:
+    """What is said of one format wherever it is named."""
+    size = {"group_size": format.group_size} if format.group_size else {}
+    return {"quant_algo": written_name(format), **size}
+
+
+def _mixed(layers: Mapping[str, Format]) -> dict[str, Any]:
+    """Each layer's format, once as groups of layers and once by name."""
+    names: dict[Format, list[str]] = {}
+    for name, row in layers.items():
+        names.setdefault(row, []).append(name)
+    groups = {
+        f"group_{index}": {**_described(row), "targets": sorted(targets)}
+        for index, (row, targets) in enumerate(names.items())
+    }
+    listed = {name: _stated(row) for name, row in layers.items()}
+    return {"config_groups": groups, "quantized_layers": listed}
+
+
+def _described(format: Format) -> dict[str, Any]:
+    if format.granularity is Granularity.BLOCK:
+        return {"quant_algo": written_name(format)}
+    size = {"group_size": format.group_size} if format.group_size else {}
+    bits = {"dynamic": False, "num_bits": 8 // format.element.per_item, "type": "float", **size}
+    rows = {"strategy": "channel"} if format.granularity is Granularity.CHANNEL else {}
+    return {"input_activations": bits, "weights": {**bits, **rows}}
 
 
 def _producer(version: str | None) -> dict[str, Any]:

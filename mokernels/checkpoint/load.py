@@ -180,7 +180,10 @@ def _swap(
             if leaf != "bias"
         }
         activation = choose_activation(
-            layer.format, activations, has_input_scale="input_scale" in specs
+            layer.format,
+            activations,
+            has_input_scale="input_scale" in specs,
+            beside=plan.config.formats,
         )
         linear = module.get_submodule(target)
         assert isinstance(linear, nn.Linear)  # _misfits has looked

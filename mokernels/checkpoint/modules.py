@@ -36,7 +36,7 @@ def check_module(module: str, group: Group, config: QuantizationConfig) -> Itera
             f"the tensor belongs to {FOREIGN_LEAVES[leaf]}, which this version does not run",
             remedy=f"Without it the layer would compute something else. {EXPORT_AGAIN}",
         )
-    if foreign or config.format is None:
+    if foreign or not config.formats:
         return
     if config.excludes(module):
         yield Finding(
@@ -48,9 +48,26 @@ def check_module(module: str, group: Group, config: QuantizationConfig) -> Itera
             file=config.files[0],
             layer=module,
         )
-    if not fits(config.format, group):
-        yield from _check_layer(module, group, config.format)
+    format = config.format_of(module)
+    if format is None:
+        yield _unlisted(module, group, config)
+    elif not fits(format, group):
+        yield from _check_layer(module, group, format)
     yield from _check_bias(module, group)
+
+
+def _unlisted(module: str, group: Group, config: QuantizationConfig) -> Finding:
+    rows = evident_formats(group)
+    looks = f" (tensors of {' or '.join(row.name for row in rows)})" if rows else ""
+    return Finding(
+        "quantized-but-unlisted",
+        "the layer is quantized, and the configuration lists it with no algorithm",
+        found=", ".join(group) + looks,
+        wanted="the layer among quantized_layers, or a plain weight",
+        remedy=f"{DO_NOT_GUESS} {EXPORT_AGAIN}",
+        file=config.files[0],
+        layer=module,
+    )
 
 
 def _check_strays(module: str, group: Group) -> Iterator[Finding]:

@@ -103,7 +103,7 @@ def make_plan(groups: Mapping[str, Group], config: QuantizationConfig) -> Checkp
         cache, rest = split_kv_scales(module, group)
         if cache:
             kv_scales[module] = MappingProxyType(cache)
-        layer = _layer(module, rest, config.format)
+        layer = _layer(module, rest, config.format_of(module))
         if layer:
             layers.append(layer)
         taken = {"bias", *layer.tensors} if layer else set()

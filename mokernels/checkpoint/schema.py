@@ -12,10 +12,28 @@ from typing import Any
 
 from mokernels.checkpoint.files import brief
 from mokernels.errors import Finding
-from mokernels.formats import Format, supported_names
+from mokernels.formats import MIXED_PRECISION, Format, find_format, supported_names
 
 _WILDCARDS = frozenset("*?[")
 RESTORE = "Restore the file as nvidia-modelopt wrote it, or export the model again."
+
+
+@dataclass(frozen=True)
+class ListedLayer:
+    """One entry of ``quantized_layers``.
+
+    Attributes:
+        algorithm: its name as it is written.
+        group_size: elements to a scale, where it is written.
+    """
+
+    algorithm: str
+    group_size: int | None = None
+
+    @property
+    def format(self) -> Format | None:
+        """The format that it means, or None if this version has none of that name."""
+        return find_format(self.algorithm)
 
 
 @dataclass(frozen=True)
@@ -24,14 +42,15 @@ class QuantizationConfig:
 
     Attributes:
         algorithm: name of the algorithm as it is written; None if the weights are not quantized.
-        format: the row of :data:`mokernels.formats.FORMATS` that it means.
+        format: the row of :data:`mokernels.formats.FORMATS` that it means; None in mixed precision.
         exclude: patterns of module names that are not quantized, in ``fnmatch`` notation.
         kv_cache: algorithm of the KV cache in upper case, or None.
         group_size: elements to a scale, where it is written.
         producer: version of ModelOpt that wrote the checkpoint, where it is written.
         files: the JSON files that this was read from, the winning one first; none for a checkpoint
             that says nothing about quantization.
-        quantized_layers: algorithm by module name, for mixed precision.
+        quantized_layers: what is said of each quantized layer, for mixed precision; a name stands
+            for the module that has it and for all that is inside of it.
         findings: warnings, for example a contradiction between the files.
     """
 
@@ -42,8 +61,40 @@ class QuantizationConfig:
     group_size: int | None = None
     producer: str | None = None
     files: tuple[str, ...] = ()
-    quantized_layers: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    quantized_layers: Mapping[str, ListedLayer] = field(
+        default_factory=lambda: MappingProxyType({})
+    )
     findings: tuple[Finding, ...] = ()
+
+    @property
+    def mixed(self) -> bool:
+        """Whether every quantized layer is listed with an algorithm of its own."""
+        return is_mixed(self.algorithm)
+
+    @property
+    def formats(self) -> tuple[Format, ...]:
+        """The formats that it names, each once; none if the weights are not quantized."""
+        listed = [layer.format for layer in self.quantized_layers.values()] if self.mixed else []
+        return tuple(dict.fromkeys(row for row in (self.format, *listed) if row))
+
+    def format_of(self, name: str) -> Format | None:
+        """The format that the module ``name`` should have, or None for one that stays plain.
+
+        A checkpoint of one format says nothing of single modules: it is that of all of them.
+        """
+        if not self.mixed:
+            return self.format
+        listing = self.listing(name)
+        return None if listing is None else self.quantized_layers[listing].format
+
+    def listing(self, name: str) -> str | None:
+        """The name under which ``quantized_layers`` lists a module, or None.
+
+        It is the module's own, or the nearest container's: ModelOpt lists experts by theirs.
+        """
+        while name and name not in self.quantized_layers:
+            name = name.rpartition(".")[0]
+        return name or None
 
     def excludes(self, name: str) -> bool:
         """Whether the module ``name`` (as the checkpoint calls it) is excluded."""
@@ -57,6 +108,11 @@ class QuantizationConfig:
         nothing = r"(?!)"
         joined = re.compile("|".join(fnmatch.translate(pattern) for pattern in wild) or nothing)
         return frozenset(self.exclude).difference(wild), joined
+
+
+def is_mixed(algorithm: str | None) -> bool:
+    """Whether ``quant_algo`` says that the layers differ."""
+    return algorithm is not None and algorithm.strip().upper() == MIXED_PRECISION
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:
@@ -167,21 +223,25 @@ class Section:
             if isinstance(group, Mapping) and isinstance(group.get("weights"), Mapping)
             if type(group["weights"].get("group_size")) is int
         }
-        return sizes.pop() if len(sizes) == 1 else None
+        # Where formats are mixed, a size belongs to its group, and the layers list their own.
+        mixed = is_mixed(str(self.body.get("quant_algo")))
+        return sizes.pop() if len(sizes) == 1 and not mixed else None
 
     def _producer(self) -> str | None:
         producer = self.data.get("producer", self.body.get("producer"))
         version = producer.get("version") if isinstance(producer, Mapping) else None
         return version if isinstance(version, str) else None
 
-    def _layers(self) -> Iterator[tuple[str, str]]:
+    def _layers(self) -> Iterator[tuple[str, ListedLayer]]:
         layers = self._take(self.body, "quantized_layers", Mapping, "an object") or {}
         for name, layer in layers.items():
-            algorithm = layer.get("quant_algo") if isinstance(layer, Mapping) else None
-            if isinstance(algorithm, str):
-                yield name, algorithm
+            entry = layer if isinstance(layer, Mapping) else {}
+            algorithm, size = entry.get("quant_algo"), entry.get("group_size")
+            if isinstance(algorithm, str) and (size is None or type(size) is int):
+                yield name, ListedLayer(algorithm, size)
             else:
-                self._wrong("quantized_layers", {name: layer}, "an object with quant_algo")
+                wanted = "an object with a quant_algo and, if any, a number as group_size"
+                self._wrong("quantized_layers", {name: layer}, wanted)
 
     def _take(self, data: Mapping[str, Any], key: str, kind: Any, wanted: str) -> Any:
         """``data[key]`` if it is a ``kind``; None if it is null or absent."""

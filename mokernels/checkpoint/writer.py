@@ -14,10 +14,9 @@ from mokernels.checkpoint.atomic import new_folder, sync_file, write_bytes, writ
 from mokernels.checkpoint.audit import check
 from mokernels.checkpoint.config import CONFIG_FILE, QUANT_CONFIG_FILE
 from mokernels.checkpoint.files import is_plain_name
-from mokernels.checkpoint.layout import flat_layout, nested_layout
+from mokernels.checkpoint.layout import Quantized, flat_layout, nested_layout
 from mokernels.checkpoint.reader import INDEX_FILE, SINGLE_FILE
 from mokernels.errors import ArgumentError, CheckpointError
-from mokernels.formats import Format
 
 SHARD_BYTES = 5_000_000_000
 """Largest shard, unless one tensor alone is larger."""
@@ -29,7 +28,7 @@ def write_checkpoint(
     folder: str | os.PathLike[str],
     tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]],
     config: Mapping[str, Any],
-    format: Format,
+    format: Quantized,
     *,
     exclude: Sequence[str] = (),
     kv_cache: str | None = None,
@@ -47,8 +46,9 @@ def write_checkpoint(
         tensors: every tensor of the checkpoint under its checkpoint name, for example from
             :func:`quantize_weight`; read once and in order, and kept in memory for one shard only.
         config: content of ``config.json``; a ``quantization_config`` in it is replaced.
-        format: of the quantized layers.
-        exclude: patterns of the module names that are not quantized.
+        format: of the quantized layers; where they differ, the format of each by its name.
+        exclude: patterns of the module names that are not quantized; where the formats differ they
+            are not written, since every quantized layer is listed.
         kv_cache: algorithm of the KV cache, for example "FP8", or None.
         max_shard_size: in bytes; a checkpoint of one shard has no index.
         extra_files: other files to put into the folder, for example the tokenizer's.

@@ -46,8 +46,8 @@ def export(
             adopt(model, record)
             model.save_pretrained(partial, max_shard_size=max_shard_size)  # type: ignore[operator]
         _write_config(partial, record)
-        (row,) = record.formats
-        write_json(partial, QUANT_CONFIG_FILE, nested_layout(row, record.exclude, record.kv_cache))
+        stated = nested_layout(record.layers, record.exclude, record.kv_cache)
+        write_json(partial, QUANT_CONFIG_FILE, stated)
         _write_tokenizer(model, tokenizer, partial)
         errors = check(partial, values="scales").errors
         if errors:

@@ -76,8 +76,7 @@ def adopt(model: Any, record: Quantization) -> None:
 
 def written_config(record: Quantization) -> dict[str, Any]:
     """``quantization_config`` of config.json."""
-    (row,) = record.formats
-    return flat_layout(row, record.exclude, record.kv_cache, static=bool(record.amax))
+    return flat_layout(record.layers, record.exclude, record.kv_cache, static=bool(record.amax))
 
 
 def _steps(progress: bool | Steps) -> Steps | None:

@@ -16,6 +16,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from mokernels.checkpoint import CheckpointPlan, LayerPlan, audit, open_checkpoint
 from mokernels.errors import CheckpointError, Finding
+from mokernels.formats import Format
 from mokernels.hf.names import Namer
 from mokernels.hf.parallel import check_shards, register_replicate, scale_styles
 from mokernels.layers import (
@@ -105,7 +106,7 @@ class ModelOptQuantizer(HfQuantizer):
         modules = {layer.name: namer.module(layer.name) for layer in plan.layers}
         projections = {name: namer.module(name) for name in plan.kv_scales}
         for layer in plan.layers:
-            self._replace(model, layer, modules[layer.name])
+            self._replace(model, layer, modules[layer.name], plan.config.formats)
         for projection, tensors in plan.kv_scales.items():
             attach_kv_scales(model.get_submodule(projections[projection]), stored_specs(tensors))
         untie(model, set(modules.values()))
@@ -130,12 +131,15 @@ class ModelOptQuantizer(HfQuantizer):
             logger.warning("%s", warning)
         return report.plan
 
-    def _replace(self, model: nn.Module, layer: LayerPlan, module: str) -> None:
+    def _replace(
+        self, model: nn.Module, layer: LayerPlan, module: str, beside: tuple[Format, ...]
+    ) -> None:
         linear = model.get_submodule(module)
         activation = choose_activation(
             layer.format,
             self.quantization_config.activations,
             has_input_scale="input_scale" in layer.tensors,
+            beside=beside,
         )
         tensors = {
             leaf: spec for leaf, spec in stored_specs(layer.tensors).items() if leaf != "bias"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import nn
@@ -67,7 +67,9 @@ def attach_kv_scales(module: nn.Module, tensors: Mapping[str, StoredSpec]) -> No
         module.register_buffer(leaf, torch.empty(spec.shape, dtype=spec.dtype, device=device))
 
 
-def choose_activation(format: Format, choice: str, *, has_input_scale: bool = True) -> Activation:
+def choose_activation(
+    format: Format, choice: str, *, has_input_scale: bool = True, beside: Iterable[Format] = ()
+) -> Activation:
     """What ``activations=choice`` means for a layer of ``format``.
 
     Args:
@@ -76,6 +78,8 @@ def choose_activation(format: Format, choice: str, *, has_input_scale: bool = Tr
             quantized) or ``"fp8_block"`` (FP8_PB_WO alone: E4M3 in 1x128 blocks, as vLLM does).
         has_input_scale: whether the checkpoint stores calibrated scales; FP8 without them is
             quantized per token.
+        beside: formats of the checkpoint's layers, where they differ: a choice that fits some of
+            them is made for those, and the others do what the checkpoint asks for.
 
     Raises:
         ArgumentError: the choice is none of these, or does not fit the format.
@@ -86,6 +90,8 @@ def choose_activation(format: Format, choice: str, *, has_input_scale: bool = Tr
         return Activation.FP8_PER_TOKEN if static and not has_input_scale else format.activation
     activation = Activation(choice)
     if activation not in format.activations:
+        if any(activation in row.activations for row in beside):
+            return choose_activation(format, "checkpoint", has_input_scale=has_input_scale)
         raise ArgumentError(
             f"activations={choice!r} does not fit a checkpoint in {format.name}; it is for "
             "FP8_PB_WO alone. Leave it out, or use '16bit'."

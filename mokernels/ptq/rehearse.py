@@ -16,6 +16,7 @@ from mokernels.errors import ArgumentError, CalibrationError
 from mokernels.formats import Format
 from mokernels.layers import FakeQuantizedLinear, QuantizedLinear
 from mokernels.ptq.config import QuantizeConfig
+from mokernels.ptq.convert import fused_groups
 
 _CONVERTIBLE = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 """What ModelOpt gives quantizers, and names among the excluded where they are off."""
@@ -52,6 +53,7 @@ def choose_layers(model: nn.Module, config: QuantizeConfig) -> dict[str, Format]
             "linear layers is left by the configuration and the exclusions. Exclude less."
         )
     _check_experts(model, config)
+    _check_projections(chosen)
     check_features({name: linears[name].in_features for name in chosen}, chosen)
     return chosen
 
@@ -170,6 +172,20 @@ def _check_experts(model: nn.Module, config: QuantizeConfig) -> None:
                     f"{list(parameter.shape)}, which this version does not quantize. Leave them "
                     f"plain with exclude=['{name}*'], and so those of the other layers."
                 )
+
+
+def _check_projections(chosen: Mapping[str, Format]) -> None:
+    """Servers compute q, k and v, or gate and up, as one product, which has one format."""
+    for group in fused_groups(chosen):
+        if len({chosen[name] for name in group}) > 1:
+            found = ", ".join(f"{name!r} in {chosen[name].name}" for name in group)
+            names = ", ".join(name.rpartition(".")[2] for name in group)
+            raise ArgumentError(
+                f"The configuration gives projections of one input several formats: {found}; "
+                f"wanted one format for {names}, which servers compute as one product. Give them "
+                f"the same with one pattern, for example '{group[0].rpartition('.')[0]}.*', or "
+                "exclude some."
+            )
 
 
 def check_features(features: Mapping[str, int], chosen: Mapping[str, Format]) -> None:

@@ -230,8 +230,11 @@ def test_file_for_transformers(tmp_path: Path, format: str) -> None:
     assert parse_quantization_file(folder / "hf_quant_config.json") == section
 
 
-def test_file_for_transformers_of_a_later_format(tmp_path: Path) -> None:
-    layers = {"a": {"quant_algo": "NVFP4"}}
+@pytest.mark.parametrize(
+    "layer", [{"quant_algo": "NVFP4", "group_size": 16}, {"quant_algo": "W4A16_AWQ"}]
+)
+def test_file_for_transformers_of_mixed_formats(tmp_path: Path, layer: dict[str, Any]) -> None:
+    layers = {"a": layer}
     path = tmp_path / "hf_quant_config.json"
     path.write_text(json.dumps(nested(quant_algo="MIXED_PRECISION", quantized_layers=layers)))
     section = parse_quantization_file(path)

@@ -82,7 +82,20 @@ def test_the_console_script_runs_without_transformers():
     assert done.stdout.startswith("mokernels ")
 
 
-@pytest.mark.parametrize("name", sorted(path.name for path in DATA.iterdir()))
+ONE_FORMAT = sorted(path.name for path in DATA.iterdir() if path.name != "mixed")
+
+
+def test_a_mixed_export_is_told_by_format():
+    output = run("check", DATA / "mixed").stdout
+    assert f"{DATA / 'mixed'}: ok\n" in output
+    assert "2 layers of FP8_PB_WO, 8 layers of FP8, 2 layers of NVFP4" in output
+    output = run("inspect", DATA / "mixed").stdout
+    assert table_row(output, "algorithm")[1] == "MIXED_PRECISION"
+    counts = {name: table_row(output, name)[2] for name in ("FP8", "FP8_PB_WO", "NVFP4")}
+    assert counts == {"FP8": "8", "FP8_PB_WO": "2", "NVFP4": "2"}
+
+
+@pytest.mark.parametrize("name", ONE_FORMAT)
 def test_real_exports_pass_the_check(name):
     output = run("check", DATA / name).stdout
     assert f"{DATA / name}: ok\n" in output
@@ -181,7 +194,7 @@ def test_an_unforeseen_error_is_one_line(monkeypatch):
     ]
 
 
-@pytest.mark.parametrize("name", sorted(path.name for path in DATA.iterdir()))
+@pytest.mark.parametrize("name", ONE_FORMAT)
 def test_inspect_accounts_for_every_byte(name):
     output = run("inspect", DATA / name).stdout
     report = mokernels.check(DATA / name, values="none")

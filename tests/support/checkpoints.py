@@ -69,7 +69,7 @@ def layer_tensors(
 
 def make_checkpoint(
     folder: Path,
-    format: str = "FP8",
+    format: str | Mapping[str, str] = "FP8",
     layers: Sequence[Linear] = TINY,
     *,
     plain: Mapping[str, Tensor] | None = None,
@@ -84,7 +84,7 @@ def make_checkpoint(
 
     Args:
         folder: to create.
-        format: name of the format of ``layers``.
+        format: name of the format of ``layers``, or one for each last part of their names.
         layers: the quantized linear layers.
         plain: the other tensors; an embedding, a head and a norm when None.
         exclude: patterns of modules that are not quantized.
@@ -94,18 +94,21 @@ def make_checkpoint(
         config: content of config.json.
         max_shard_size: in bytes.
     """
-    row = FORMATS[format]
+    rows = {
+        layer.name: FORMATS[format if isinstance(format, str) else format[_kind(layer)]]
+        for layer in layers
+    }
     tensors: dict[str, Tensor] = dict(plain_tensors() if plain is None else plain)
     for seed, layer in enumerate(layers):
-        tensors |= layer_tensors(layer, row, input_scale=input_scales, seed=seed)
-        kind = layer.name.rpartition(".")[2]
+        tensors |= layer_tensors(layer, rows[layer.name], input_scale=input_scales, seed=seed)
+        kind = _kind(layer)
         if kv_cache and kind in ("k_proj", "v_proj"):
             tensors[f"{layer.name}.{kind[0]}_scale"] = torch.tensor(0.5 + seed)
     write_checkpoint(
         folder,
         tensors,
         config,
-        row,
+        FORMATS[format] if isinstance(format, str) else rows,
         exclude=exclude,
         kv_cache=kv_cache,
         max_shard_size=max_shard_size,
@@ -116,6 +119,10 @@ def make_checkpoint(
     elif layout == "hf_quant_config":
         edit_json(folder / "config.json", lambda data: data.pop("quantization_config"))
     return folder
+
+
+def _kind(layer: Linear) -> str:
+    return layer.name.rpartition(".")[2]
 
 
 def edit_json(path: Path, edit: Callable[[dict[str, Any]], Any]) -> None:
