@@ -55,6 +55,14 @@ def quantize(
     compare_models: Annotated[
         bool, typer.Option("--compare/--no-compare", help="Compare with the original model.")
     ] = True,
+    stream: Annotated[
+        bool,
+        typer.Option(
+            "--stream",
+            help="Weights alone, a piece in memory at a time, without the model's class: for "
+            "formats without calibration, and FP8 with a scale per token.",
+        ),
+    ] = False,
     device: Device = "auto",
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
@@ -65,6 +73,10 @@ def quantize(
     from mokernels.cli import quantize as ptq
     from mokernels.demo.hub import local_folder
 
+    if stream:
+        ptq.stream(str(local_folder(model)), output, format_name, exclude, calib or kv_cache)
+        stdout().print(f"The checkpoint is in {output}", markup=False, soft_wrap=True)
+        return
     task = ptq.Task(
         model=str(local_folder(model)),
         output=output,

@@ -115,6 +115,23 @@ def quantize(task: Task, console: Console) -> Quantization:
     return record
 
 
+def stream(
+    model: str, output: Path, format: str, exclude: list[str] | None, calibrated: object
+) -> None:
+    """Quantize the weights of a folder without loading a model.
+
+    Raises:
+        ArgumentError: something was given that needs calibration, or the folder cannot be quantized
+            so.
+    """
+    if calibrated:
+        raise ArgumentError(
+            "--stream quantizes weights alone and runs no model: --calib and --kv-cache need one. "
+            "Leave them out, or leave --stream out."
+        )
+    mokernels.quantize_checkpoint(model, output, format, exclude=exclude or ())
+
+
 def print_record(console: Console, record: Quantization, output: Path) -> None:
     """What was done, and what it cost, as tables."""
     console.print(_noise_table(record))

@@ -1,8 +1,10 @@
 """``mokernels quantize`` from the command line, on a tiny model."""
 
 import json
+import shutil
 
 import pytest
+from safetensors.torch import load
 from typer.testing import CliRunner
 
 import mokernels
@@ -10,6 +12,7 @@ from mokernels.cli import app
 from mokernels.cli import quantize as ptq
 from mokernels.demo import hub
 from tests.demo.tiny import save_model
+from tests.support.compare import assert_same_bits
 
 runner = CliRunner()
 
@@ -55,9 +58,22 @@ def test_formats_without_calibration_need_no_text(quantize, tmp_path):
     assert "held_back" not in json.loads((tmp_path / "out" / "mokernels_report.json").read_text())
 
 
+def test_a_folder_is_streamed_to_the_same_tensors(quantize, tmp_path):
+    assert quantize("--format", "MXFP8", "--stream", calib=False).exit_code == 0
+    streamed = (tmp_path / "out" / "model.safetensors").read_bytes()
+    shutil.rmtree(tmp_path / "out")
+    assert quantize("--format", "MXFP8", "--no-compare", calib=False).exit_code == 0
+    loaded = load(streamed)
+    for name, tensor in load((tmp_path / "out" / "model.safetensors").read_bytes()).items():
+        assert_same_bits(loaded.pop(name), tensor)
+    assert not loaded
+
+
 @pytest.mark.parametrize(
     ("options", "calib", "message"),
     [
+        (("--stream", "--format", "MXFP8"), True, "--stream quantizes weights alone"),
+        (("--stream", "--format", "NVFP4"), False, "NVFP4"),
         (("--format", "FP5"), True, "the format 'FP5', wanted one of"),
         (("--format", "FP8"), False, "FP8 needs calibrated scales: give a text"),
         (("--format", "MXFP8", "--kv-cache", "FP8"), False, "A KV cache needs calibrated scales"),
