@@ -130,7 +130,8 @@ def scratch(name: str, dtype: torch.dtype, numel: int, device: torch.device) -> 
     Fresh pages take the system longer to give than a piece takes to decode. What one call returned
     is gone with the next call of the same name and dtype.
     """
-    if device.type != "cpu" or numel > _KEPT:
+    # Dynamo follows a graph break into here, and cannot trace what a thread keeps.
+    if device.type != "cpu" or numel > _KEPT or torch.compiler.is_compiling():
         return torch.empty(numel, dtype=dtype, device=device)
     kept: Tensor | None = getattr(_SCRATCH, f"{name}_{dtype}", None)
     if kept is None or kept.numel() < numel:

@@ -17,7 +17,7 @@ from mokernels.calibration.loop import ForwardLoop, Progress, run_batches
 from mokernels.calibration.observers import AmaxObserver, make_observer
 from mokernels.calibration.watch import Watch, fill_unseen
 from mokernels.errors import ArgumentError, CalibrationError
-from mokernels.formats import Activation, Format
+from mokernels.formats import Format
 from mokernels.layers import attach_kv_scales, finish_loading
 from mokernels.layers.linear import StoredSpec
 from mokernels.ptq.config import QuantizeConfig, parse_config
@@ -289,7 +289,7 @@ def _warn_of_zeros(amax: Mapping[str, float]) -> None:
 
 
 def _formats(chosen: Mapping[str, Format]) -> str:
-    names = {row.name for row in chosen.values() if row.activation is not Activation.NONE}
+    names = {row.name for row in chosen.values() if is_calibrated(row)}
     return " and ".join(sorted(names)) or "The KV cache"
 
 

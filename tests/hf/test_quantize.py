@@ -152,6 +152,11 @@ def test_calibration_without_data(loop, message):
     assert is_float(model)
 
 
+def test_a_kv_cache_needs_data_where_the_format_does_not():
+    with pytest.raises(CalibrationError, match="The KV cache needs calibrated activation scales"):
+        mokernels.quantize(tiny_model(), "MXFP8", kv_cache="FP8", progress=False)
+
+
 def test_nan_activations_are_named_and_the_model_is_left_alone():
     model = tiny_model()
     model.model.layers[0].input_layernorm.weight.data[3] = torch.nan
