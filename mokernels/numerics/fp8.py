@@ -77,11 +77,13 @@ def quantize_fp8_tensor_weight(weight: Tensor, amax: Tensor | None = None) -> tu
 
     The quotient weight / scale is rounded to the weight's own dtype before it becomes E4M3, because
     ModelOpt divides by a zero-dimensional fp32 tensor, which does not promote. For a bf16 weight
-    that rounds twice; it is reproduced because exports have to agree bit for bit. ``amax``,
-    fp32 [], is that of the whole weight where ``weight`` is a part of its rows.
+    that rounds twice; it is reproduced because exports have to agree bit for bit. It is written out
+    so that every device does what torch does on a CPU: CUDA rounds such a divisor, the scale, to
+    the weight's dtype before it divides. ``amax``, fp32 [], is that of the whole weight where
+    ``weight`` is a part of its rows.
     """
     scale = _positive_scale(weight.abs().amax().float() if amax is None else amax)
-    return encode_e4m3(weight / scale), scale
+    return encode_e4m3((weight.float() / scale).to(weight.dtype)), scale
 
 
 def quantize_fp8_channel_weight(weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -27,7 +27,7 @@ from dataclasses import fields, replace
 from functools import cache
 from itertools import product
 
-from mokernels.ops.config_limits import NARROW, config_ok, narrowed
+from mokernels.ops.config_limits import config_ok, is_wide, narrowed
 from mokernels.ops.config_tables import GemmConfig, Kind, generation
 from mokernels.ops.target import Target
 
@@ -129,7 +129,7 @@ def _neighbours(base: GemmConfig) -> Iterator[GemmConfig]:
 
 def _launched(config: GemmConfig) -> tuple[GemmConfig, ...]:
     """The configurations that are launched for one: by TMA, for some shapes, half as wide tiles."""
-    by_halves = config.tma and config.block_n > NARROW
+    by_halves = config.tma and is_wide(config)
     return (config, narrowed(config)) if by_halves else (config,)
 
 

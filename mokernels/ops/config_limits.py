@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 from mokernels.formats import FP8_BLOCK
-from mokernels.ops.config_tables import ANY_M, GemmConfig, Kind, generation
+from mokernels.ops.config_tables import ANY_M, GemmConfig, Kind, ceil_div, generation
 from mokernels.ops.quantizing import GEMV_GROUP
 from mokernels.ops.target import Target
 
-NARROW: int = 128
-"""Most columns of a tile by TMA whose result is fp32."""
+LARGEST_FP32_TILE: int = 128 * 128
+"""Most sums of a tile by TMA whose result is fp32."""
 
 
 def config_ok(config: GemmConfig, kind: Kind, target: Target) -> bool:
@@ -28,9 +28,16 @@ def config_ok(config: GemmConfig, kind: Kind, target: Target) -> bool:
     return powers_of_two and fits and promotes and whole and by_tma and scaled
 
 
+def is_wide(config: GemmConfig) -> bool:
+    """Whether a tile by TMA is too large for a result in fp32, which takes :func:`narrowed`."""
+    return config.block_m * config.block_n > LARGEST_FP32_TILE
+
+
 def narrowed(config: GemmConfig) -> GemmConfig:
     """A configuration by TMA with tiles of half the width, and the pipeline that this leaves."""
-    return replace(config, block_n=config.block_n // 2, num_stages=config.num_stages + 2)
+    half = config.block_n // 2
+    steps = config.num_stages * (config.block_m + config.block_n)
+    return replace(config, block_n=half, num_stages=ceil_div(steps, config.block_m + half))
 
 
 def shared_bytes(config: GemmConfig, kind: Kind, target: Target) -> int:
@@ -39,9 +46,8 @@ def shared_bytes(config: GemmConfig, kind: Kind, target: Target) -> int:
     Pipelined loads keep ``num_stages`` copies of a step's operands as they are stored, one less
     where the matrix instruction is synchronous; a decoded weight may take one more copy in its new
     dtype; the result passes through shared memory in fp32 at the end, when the loads' buffers are
-    free again. By TMA they are not, since the next tile's operands are on their way; a program
-    of fp32 results has at most NARROW columns then, and takes as much as one of twice as many
-    16-bit results.
+    free again. By TMA they are not, since the next tile's operands are on their way; a wide tile
+    has 16-bit results then, and takes as much as one of half as many in fp32.
     """
     x_item, w_item = _stored_bytes(kind)
     rows = config.block_m * x_item + config.block_n * w_item
@@ -49,7 +55,7 @@ def shared_bytes(config: GemmConfig, kind: Kind, target: Target) -> int:
     decoded = config.block_n * config.block_k * x_item if kind.value.startswith("half") else 0
     copies = config.num_stages - (generation(target) == "mma")
     if config.tma:
-        end = 4 * config.block_m * min(config.block_n, NARROW)
+        end = (2 if is_wide(config) else 4) * config.block_m * config.block_n
         return config.num_stages * step + end + 1024
     end = 4 * config.block_m * config.block_n
     return max(copies * step + int(decoded), end) + 1024

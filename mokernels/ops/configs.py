@@ -29,9 +29,10 @@ what takes its place, with the same order.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import cache
+from types import MappingProxyType
 
 from mokernels.ops.config_tables import (
     ANY_M,
@@ -71,6 +72,21 @@ REDUCE_COLUMNS: int = 512
 GEMVS_PER_PROCESSOR: int = 4
 """Programs of a GEMV, of one or two warps, that a processor needs to have loads enough in flight;
 an estimate from the latency of memory."""
+PROGRAMS_PER_PROCESSOR: Mapping[Kind, float] = MappingProxyType(
+    {
+        Kind.HALF_FP8: 3.5,
+        Kind.HALF_BLOCK: 3.5,
+        Kind.HALF_NVFP4: 3.5,
+        Kind.HALF_MXFP8: 3.5,
+        Kind.GEMV_NVFP4: GEMVS_PER_PROCESSOR,
+    }
+)
+"""Programs of up to 16 rows that a processor needs; of other kinds :data:`FEW_ROWS_PROGRAMS`.
+
+Measured on an H200: what decodes its weight waits for its own instructions, and more programs hide
+that."""
+FEW_ROWS_PROGRAMS: float = 1.6
+"""The same for FP8 products of up to 64 rows, which only wait for the weight."""
 PARALLEL_ROWS: int = 64
 """Most rows whose partial sums are worth programs of their own where their number is given."""
 
@@ -140,7 +156,7 @@ def kind_of_fp8(target: Target, block_scales: bool, fast_accum: bool) -> Kind:
 def _choose(kind: Kind, m: int, n: int, k: int, target: Target, tma: bool = True) -> GemmConfig:
     rows = rows_of(kind, target, tma)
     config = next((row for end, row in rows if m <= end), rows[-1][1])
-    split_k = _split(config, m, n, k, target)
+    split_k = _split(config, kind, m, n, k, target)
     if config.tma and split_k > 1:
         return _choose(kind, m, n, k, target, False)
     return replace(config, split_k=split_k)
@@ -158,26 +174,33 @@ def _choose_invariant(
     return replace(config, split_k=split_k, serial=serial)
 
 
-def _split(config: GemmConfig, m: int, n: int, k: int, target: Target) -> int:
+def _split(config: GemmConfig, kind: Kind, m: int, n: int, k: int, target: Target) -> int:
     """The number of partial sums that fills the processors, for few rows only.
 
-    With few rows a GEMM is a read of the weight, which takes nearly two programs on each processor
-    to saturate; with more, the partial sums' own traffic grows with M and one will do.
+    With few rows a GEMM is a read of the weight, which takes more than one program on each
+    processor to saturate; with more, the partial sums' own traffic grows with M. Written and read
+    in fp32 it may be half of an FP8 weight's, which has one byte for each of N K elements.
     """
     if m == ANY_M:
         return 1
     tiles = ceil_div(m, config.block_m) * ceil_div(n, config.block_n)
-    wanted = target.processors * 9 // 5 if m <= 64 else target.processors
-    if config.block_m == 1:
-        wanted = target.processors * GEMVS_PER_PROCESSOR
+    wanted = target.processors * _programs_per_processor(kind, m)
     blocks = ceil_div(k, config.block_k)
     chosen = 1
     for split in SPLITS:
-        if tiles * chosen >= wanted or blocks < split * BLOCKS_PER_SPLIT:
+        too_short = blocks < split * BLOCKS_PER_SPLIT
+        too_much = split > 1 and 2 * 2 * 4 * m * split > k
+        if tiles * chosen >= wanted or too_short or too_much:
             break
         chosen = split
     # No partial sum is left without a block: 9 blocks in 8 parts of 2 make 5 parts.
     return ceil_div(blocks, ceil_div(blocks, chosen)) if blocks else 1
+
+
+def _programs_per_processor(kind: Kind, m: int) -> float:
+    if m <= M_BUCKETS[0] and kind in PROGRAMS_PER_PROCESSOR:
+        return PROGRAMS_PER_PROCESSOR[kind]
+    return FEW_ROWS_PROGRAMS if m <= 64 else 1.0
 
 
 def _distinct(rows: Rows) -> Iterator[GemmConfig]:

@@ -84,7 +84,7 @@ def test_a_candidate_multiplies_by_the_same_instruction(case: CandidateCase, com
 
 def test_a_smaller_tile_would_take_another_instruction():
     # Why the tile's M side is watched on Hopper: fp16 instructions, for which codes are converted.
-    base = choose(Kind.FP8, 128, N, K, SM_90)
+    base = choose(Kind.FP8, 256, N, K, SM_90)
     small = replace(base, block_m=16, num_warps=4)
     assert "another matrix instruction" in objection(small, base, Kind.FP8, SM_90)
     found = compile_launch(planned(Kind.FP8, 128, small, SM_90), SM_90)

@@ -161,6 +161,8 @@ def test_a_row_of_a_batch_is_the_row_alone(device, target, name):
 @every_target
 @pytest.mark.parametrize("name", ["fp8_linear", "mxfp8_weight_only_gemm"])
 def test_without_the_mode_it_is_not(device, target, name):
+    if name == "fp8_linear" and target.promotes_accumulator and not interpreting():
+        pytest.skip("sums of FP8 products have so few bits on Hopper that fp32 adds them exactly")
     run, x = drawn(device, name)
     assert differing(run, x, few_processors(target)) != []
 
@@ -247,7 +249,7 @@ def test_fused_activations_need_no_mode(device, target, quantizer):
 
 
 def test_the_mode_is_asked_at_every_call(device):
-    run, x = drawn(device, "fp8_linear")
+    run, x = drawn(device, "mxfp8_weight_only_gemm")
     target = few_processors(TARGETS[0])
     outside = run(x, target)
     with batch_invariant():

@@ -94,8 +94,9 @@ def test_all_candidates_give_the_same_bits(device, case):
 
 
 def test_another_order_gives_other_bits(device):
-    # Else the test above could not fail.
-    bench, job = bench_of(CASES[0], device)
+    # Else the test above could not fail. Of MXFP8, decoded: sums of NVFP4 codes, and what Hopper's
+    # FP8 units leave, have so few bits that fp32 adds them exactly, in whatever order.
+    bench, job = bench_of(Case("MXFP8", Activation.MXFP8, 16, SM_90), device)
     base = job.candidates[0]
     assert base.split_k > 1
     found = bench.result(replace(base, split_k=1))

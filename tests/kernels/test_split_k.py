@@ -104,6 +104,8 @@ def in_two_launches(monkeypatch, device: torch.device, family: str, m: int, n: i
 
 def workspace(planned: Planned) -> tuple[Tensor, Tensor, Tensor]:
     """The result, the partial sums and the counters of a product in one launch."""
+    if len(planned[1]) == 2 and not interpreting():
+        pytest.skip("the tile that this device takes for so many rows needs a second launch")
     (launch,) = planned[1]
     assert launch.constants["SPLIT"] == "last"
     (found,) = (argument for argument in launch.args if isinstance(argument, tuple))

@@ -63,7 +63,7 @@ def test_nothing_varies_in_a_gemv():
     )
 
 
-BASE = choose(Kind.FP8, 128, 4096, 4096, SM_90)
+BASE = choose(Kind.FP8, 256, 4096, 4096, SM_90)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from triton.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
 
 from mokernels.formats import FORMATS, Activation
-from mokernels.ops.configs import M_BUCKETS, bucket
+from mokernels.ops.configs import ANY_M, M_BUCKETS, bucket
 from mokernels.ops.launch.fused import plan_gated_quantize, plan_norm_quantize
 from mokernels.ops.launch.layer import plan_layer
 from mokernels.ops.launch.plan import Launch
@@ -118,8 +118,11 @@ def test_only_the_range_of_rows_matters_to_a_product(target, name, activation):
         if m > 1:  # one row may be quantized by its product, and its scale is one number
             found = {variant(launch, target) for launch in launches(name, activation, m, target)}
             by_range.setdefault(bucket(m), set()).add(frozenset(products(found)))
-    assert set(map(len, by_range.values())) == {1}
     assert len(by_range) == len(M_BUCKETS) + 1
+    many = by_range.pop(ANY_M)
+    assert set(map(len, by_range.values())) == {1}
+    # Of many rows by TMA, the number of turns decides between a wide tile and one of half of it.
+    assert len(frozenset().union(*many)) <= min(map(len, many)) + 1
 
 
 @pytest.mark.parametrize("target", [*CUDA_TARGETS, *HIP_TARGETS], ids=lambda target: target.name)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from mokernels.ops.config_limits import NARROW, narrowed
+from mokernels.ops.config_limits import is_wide, narrowed
 from mokernels.ops.config_tables import GemmConfig, ceil_div
 from mokernels.ops.kernels.gemm_persistent import gemm_persistent
 from mokernels.ops.launch.plan import Launch
@@ -58,7 +58,7 @@ def tile_by_tma(config: GemmConfig, m: int, n: int, item: int, target: Target) -
         item: bytes of an item of the result.
         target: as many programs as it has processors share the tiles.
     """
-    if config.block_n <= NARROW:
+    if not is_wide(config):
         return config
     narrow = narrowed(config)
     if item > 2 or _time(narrow, m, n, target) < _time(config, m, n, target):
