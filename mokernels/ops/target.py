@@ -65,6 +65,11 @@ class Target:
         return self._cuda_at_least(90)
 
     @cached_property
+    def has_dependent_launch(self) -> bool:
+        """A kernel may begin while the one before it ends, and wait for it (Hopper and later)."""
+        return self._cuda_at_least(90)
+
+    @cached_property
     def wants_swapped_operands(self) -> bool:
         """Few tokens have to be the N side of the matrix instruction, the weight its M side.
 
@@ -123,3 +128,11 @@ def target_of(device: torch.device) -> Target:
         )
     shared = properties.shared_memory_per_block_optin
     return Target("cuda", capability, count, shared, properties.name)
+
+
+@cache
+def has_dependent_launch(device: torch.device) -> bool:
+    """:attr:`Target.has_dependent_launch` of a device; False of a CPU, where kernels are
+    interpreted.
+    """
+    return device.type == "cuda" and target_of(device).has_dependent_launch

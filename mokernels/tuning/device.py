@@ -118,7 +118,7 @@ class DeviceBench:
 
     def _compile(self, launch: Any) -> None:
         with on_device(self.device):  # every thread has a current device of its own
-            launch.compile()
+            launch.compile(self.target.has_dependent_launch)
 
 
 def on_device(device: torch.device) -> AbstractContextManager[Any]:

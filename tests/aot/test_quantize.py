@@ -98,7 +98,10 @@ def where(compiled: Compiled) -> str:
     return f"{compiled.name} on {compiled.target.name}"
 
 
-@pytest.mark.aot_cases(cases(CUDA_TARGETS))
+CASES = cases(CUDA_TARGETS)
+
+
+@pytest.mark.aot_cases(CASES)
 def test_nvidia(case, compiled):
     sass.assert_no_spills(compiled)
     sass.assert_fits(compiled)

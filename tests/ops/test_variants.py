@@ -58,10 +58,10 @@ def binder(kernel: Any, target: Target) -> tuple[Any, Any]:
 def variant(launch: Launch, target: Target) -> tuple[Any, ...]:
     """What Triton looks a compiled kernel up by."""
     bind, _ = binder(launch.kernel, target)
-    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
-    options["enable_fp_fusion"] = launch.fp_fusion
-    _, specialization, _ = bind(*launch.args, **launch.constants, **options)
-    return launch.kernel, str(specialization), *options.values()
+    options = launch.options(target.has_dependent_launch)
+    _, specialization, _ = bind(*launch.args, **options)
+    given = {name: value for name, value in options.items() if name not in launch.constants}
+    return launch.kernel, str(specialization), *given.values()
 
 
 @cache

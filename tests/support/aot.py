@@ -17,6 +17,7 @@ from functools import cached_property
 from io import StringIO
 from pathlib import Path
 from typing import Any, Literal
+from unittest.mock import patch
 
 from mokernels.ops.launch.plan import Launch
 from mokernels.ops.target import Target
@@ -106,6 +107,16 @@ class Compiled:
         return done.stdout + done.stderr
 
 
+@dataclass(frozen=True)
+class _Driver:
+    """Of a device that is not there."""
+
+    target: Any
+
+    def get_current_target(self) -> Any:
+        return self.target
+
+
 def compile_launch(launch: Launch, target: Target) -> Compiled:
     """Compile what ``launch.run()`` would run on a device of this target.
 
@@ -115,6 +126,7 @@ def compile_launch(launch: Launch, target: Target) -> Compiled:
     """
     import triton
     from triton.compiler import ASTSource, make_backend
+    from triton.runtime import driver
     from triton.runtime.jit import create_function_from_signature
 
     if interpreting():
@@ -122,20 +134,18 @@ def compile_launch(launch: Launch, target: Target) -> Compiled:
     kernel, gpu = launch.kernel, _gpu_target(target)
     backend = make_backend(gpu)
     keywords = {
-        **launch.constants,
-        "num_warps": launch.num_warps,
-        "num_stages": launch.num_stages,
+        **launch.options(target.has_dependent_launch),
         "debug": False,
         "sanitize_overflow": False,
-        "enable_fp_fusion": launch.fp_fusion,
     }
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
     bound, specialization, options = bind(*launch.args, **keywords)
     packed = kernel._pack_args(backend, keywords, bound, specialization, options)
     options, signature, constants, attributes = packed
     source = ASTSource(kernel, signature, constants, attributes)
-    # On an error of the assembler Triton prints the whole program.
-    with redirect_stdout(StringIO()):
+    # Kernels that ask for their target are told that of the process. On an error of the assembler
+    # Triton prints the whole program.
+    with patch.object(driver, "_active", _Driver(gpu)), redirect_stdout(StringIO()):
         compiled = triton.compile(source, target=gpu, options=options.__dict__)
     return Compiled(
         name=kernel.__name__,

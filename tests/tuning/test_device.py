@@ -21,6 +21,8 @@ CPU = torch.device("cpu")
 PRODUCT = Product(FORMATS["FP8"], Activation.FP8_STATIC, 256, 1024)
 FEW, MANY = (next(j for j in jobs_for([PRODUCT], SM_90) if j.key.rows == r) for r in (16, 128))
 
+DEEPEST = max(config.num_stages for config in FEW.candidates)
+
 
 @pytest.fixture
 def compiled(monkeypatch) -> list[Launch]:
@@ -28,10 +30,11 @@ def compiled(monkeypatch) -> list[Launch]:
     found: list[Launch] = []
     lock = threading.Lock()
 
-    def compile(launch: Launch) -> None:
+    def compile(launch: Launch, dependent: bool) -> None:
+        assert dependent == SM_90.has_dependent_launch
         with lock:
             found.append(launch)
-        if launch.num_stages == 9:
+        if launch.num_stages == DEEPEST:
             raise RuntimeError("out of resource:\nshared memory")
 
     monkeypatch.setattr(Launch, "compile", compile)
@@ -58,7 +61,7 @@ def test_each_kernel_is_compiled_once(compiled):
 def test_what_does_not_compile_is_named_with_the_reason(compiled):
     broken = bench(FEW).compile(FEW.candidates)
     assert broken
-    assert set(broken) == {config for config in FEW.candidates if config.num_stages == 9}
+    assert set(broken) == {config for config in FEW.candidates if config.num_stages == DEEPEST}
     assert set(broken.values()) == {"RuntimeError: out of resource:"}
 
 

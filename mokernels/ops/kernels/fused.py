@@ -10,6 +10,7 @@ build of the kernel. Then a row's result depends on nothing but the row.
 import triton
 import triton.language as tl
 
+from mokernels.ops.kernels.dependents import wait_for_inputs
 from mokernels.ops.kernels.quantize import (
     amax_of,
     block_codes,
@@ -176,6 +177,7 @@ def norm_quantize(
     one of :func:`quantize_blocks`; ``factor`` is the static scale or multiplier, or the global
     scale. ONE_PASS keeps the row in registers (COLUMNS >= K); otherwise it is read again.
     """
+    wait_for_inputs()
     DTYPE: tl.constexpr = x.dtype.element_ty
     row = (tl.program_id(0) + tl.arange(0, 1))[:, None]
     start = row_starts(row, inner, outer_stride, inner_stride, NESTED)
@@ -266,6 +268,7 @@ def gated_quantize(
     A program takes a tile, or with "token" whole rows: in registers with ONE_PASS (COLUMNS >= K),
     otherwise computed twice.
     """
+    wait_for_inputs()
     if FORMAT == "token":
         row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
         tile = 0

@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from mokernels.ops.kernels.dependents import wait_for_inputs
 from mokernels.ops.kernels.gemm_quantizing import quantized
 from mokernels.ops.kernels.quantize import amax_of, fp8_multiplier
 from mokernels.ops.kernels.reduce import finish
@@ -141,6 +142,7 @@ def gemm_block(
     quantize_blocks does, to the bit; BLOCK_K is 128 then, and ``block_scale_x`` None.
     Where SPLIT says that programs share K, ``out`` is as :func:`finish` takes it.
     """
+    wait_for_inputs()
     tile_m, tile_n = tile_of_program(M, N, BLOCK_M, BLOCK_N, GROUP_M)
     rm = indices(tile_m, BLOCK_M)
     rn = indices(tile_n, BLOCK_N)

@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from mokernels.ops.kernels.dependents import wait_for_inputs
 from mokernels.ops.kernels.elements import decode_e8m0
 from mokernels.ops.kernels.quantize import block_codes
 from mokernels.ops.kernels.reduce import finish
@@ -181,6 +182,7 @@ def gemm_decode(
     which is None otherwise and is scale_x too.
     Where SPLIT says that programs share K, ``out`` is as :func:`finish` takes it.
     """
+    wait_for_inputs()
     tile_m, tile_n = tile_of_program(M, N, BLOCK_M, BLOCK_N, GROUP_M)
     rm = indices(tile_m, BLOCK_M)
     rn = indices(tile_n, BLOCK_N)

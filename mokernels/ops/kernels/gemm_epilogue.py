@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from mokernels.ops.kernels.dependents import wait_for_inputs
 from mokernels.ops.kernels.reduce import finish
 from mokernels.ops.kernels.tiles import (
     as_operand,
@@ -78,6 +79,7 @@ def gemm_epilogue(
     w is E4M3; x is E4M3 or a float type. Both are brought to COMPUTE, in which they are exact.
     Where SPLIT says that programs share K, ``out`` is as :func:`finish` takes it.
     """
+    wait_for_inputs()
     tile_m, tile_n = tile_of_program(M, N, BLOCK_M, BLOCK_N, GROUP_M)
     rm = indices(tile_m, BLOCK_M)
     rn = indices(tile_n, BLOCK_N)

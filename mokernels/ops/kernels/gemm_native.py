@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from mokernels.ops.kernels.dependents import wait_for_inputs
 from mokernels.ops.kernels.reduce import finish
 from mokernels.ops.kernels.tiles import (
     by_rows,
@@ -96,6 +97,7 @@ def gemm_native(
     [., K] with exponents [., K / 32]). scale_x and scale_w are global fp32 scalars or None.
     Where SPLIT says that programs share K, ``out`` is as :func:`finish` takes it.
     """
+    wait_for_inputs()
     tile_m, tile_n = tile_of_program(M, N, BLOCK_M, BLOCK_N, GROUP_M)
     rm = indices(tile_m, BLOCK_M)
     rn = indices(tile_n, BLOCK_N)

@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from mokernels.ops.kernels.dependents import wait_for_inputs
 from mokernels.ops.kernels.gemm_block import add_block
 from mokernels.ops.kernels.tiles import (
     indices,
@@ -81,6 +82,7 @@ def gemm_persistent(
     programs of one tile each would start. Flattened, the loops over tiles and over K are one, so
     that the next tile's operands are under way while this tile ends.
     """
+    wait_for_inputs()
     tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
     for tile in tl.range(tl.program_id(0), tiles, PROGRAMS, flatten=True):
         tile_m, tile_n = tile_at(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)

@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from mokernels.ops.kernels.dependents import wait_for_inputs
 from mokernels.ops.kernels.elements import encode_e4m3
 from mokernels.ops.kernels.quantize import fp8_multiplier, magnitude_bits
 from mokernels.ops.kernels.reduce import finish
@@ -85,6 +86,7 @@ def gemm_quantizing(
     Where SPLIT says that programs share K, ``out`` is as :func:`finish` takes it.
     It has no serial split: that is for more rows than it is launched with.
     """
+    wait_for_inputs()
     tile_m, tile_n = tile_of_program(M, N, BLOCK_M, BLOCK_N, GROUP_M)
     rm = indices(tile_m, BLOCK_M)
     rn = indices(tile_n, BLOCK_N)

@@ -15,6 +15,7 @@ no row depends on how many others there are.
 import triton
 import triton.language as tl
 
+from mokernels.ops.kernels.dependents import wait_for_inputs
 from mokernels.ops.kernels.elements import decode_e4m3
 from mokernels.ops.kernels.reduce import finish
 from mokernels.ops.kernels.tiles import (
@@ -245,6 +246,7 @@ def gemv_nvfp4(
     and scale_x one fp32 number or None. HAS_TYPE is the target's has_fp8_type; PTX is for NVIDIA.
     Where SPLIT says that programs share K, ``out`` is as :func:`finish` takes it.
     """
+    wait_for_inputs()
     rm = tl.arange(0, 1)
     rn = indices(tl.program_id(0), BLOCK_N)
     row = row_pointers(x, rm, 0)

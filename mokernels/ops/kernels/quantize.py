@@ -15,6 +15,7 @@ values are, and NaN, which a maximum of floats would drop, is above infinity.
 import triton
 import triton.language as tl
 
+from mokernels.ops.kernels.dependents import wait_for_inputs
 from mokernels.ops.kernels.elements import (
     decode_e2m1,
     decode_e4m3,
@@ -210,6 +211,7 @@ def quantize_static(
     COLUMNS: tl.constexpr,
 ):
     """E4M3 codes [rows, K] of x * m for one m: ``factor`` holds m, or else the scale amax / 448."""
+    wait_for_inputs()
     row, tile = tile_of_program(k, ROWS, COLUMNS)
     column = columns_of(tile, COLUMNS)
     mask = (row < rows) & (column < k)
@@ -239,6 +241,7 @@ def quantize_rows(
 
     ONE_PASS keeps the row in registers (COLUMNS >= K); otherwise it is read twice.
     """
+    wait_for_inputs()
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
     column = columns_of(0, COLUMNS)
     in_rows = row < rows
@@ -288,6 +291,7 @@ def quantize_blocks(
     except that the scales of "fp8" are fp32. With FAKE, ``codes`` takes the values code * scale in
     its own dtype instead, without the global scale, and nothing else is stored.
     """
+    wait_for_inputs()
     row, tile = tile_of_program(k, ROWS, COLUMNS)
     column = columns_of(tile, COLUMNS)
     mask = (row < rows) & (column < k)
@@ -323,6 +327,7 @@ def dequantize_blocks(
     The scale of element [r, c] is at ``(r // SCALE_ROWS) * scale_row_stride + (c // GROUP) *
     scale_stride``: a stride of 0 repeats one scale along the rows or along K.
     """
+    wait_for_inputs()
     BLOCKS: tl.constexpr = COLUMNS // GROUP
     row, tile = tile_of_program(k, ROWS, COLUMNS)
     column = columns_of(tile, COLUMNS)

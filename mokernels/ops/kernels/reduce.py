@@ -9,6 +9,7 @@ that neither the choice nor who comes last changes a bit.
 import triton
 import triton.language as tl
 
+from mokernels.ops.kernels.dependents import wait_for_inputs
 from mokernels.ops.kernels.tiles import (
     indices,
     no_parts,
@@ -123,6 +124,7 @@ def reduce_splits(
 
     ``partials`` is fp32 [parts, M, N].
     """
+    wait_for_inputs()
     rm = indices(tl.program_id(0), BLOCK_M)
     rn = indices(tl.program_id(1), BLOCK_N)
     acc = sum_of_parts(partials, rm, rn, M, N, parts)

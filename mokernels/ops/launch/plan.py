@@ -31,28 +31,29 @@ class Launch:
     num_stages: int = 3
     fp_fusion: bool = True
 
-    def run(self) -> None:
-        """Launch on the current device and stream."""
+    def run(self, dependent: bool = False) -> None:
+        """Launch on the current device and stream.
+
+        Args:
+            dependent: begin while the kernel before it still runs; see kernels/dependents.py.
+        """
         if 0 in self.grid:
             return
-        self.kernel[self.grid](
-            *self.args,
-            **self.constants,
-            num_warps=self.num_warps,
-            num_stages=self.num_stages,
-            enable_fp_fusion=self.fp_fusion,
-        )
+        self.kernel[self.grid](*self.args, **self.options(dependent))
 
-    def compile(self) -> None:
+    def compile(self, dependent: bool = False) -> None:
         """Compile for the current device what :meth:`run` would launch, if it is not there yet."""
-        self.kernel.warmup(
-            *self.args,
-            grid=self.grid,
+        self.kernel.warmup(*self.args, grid=self.grid, **self.options(dependent))
+
+    def options(self, dependent: bool = False) -> dict[str, Any]:
+        """What the kernel is given by name: its constants, and how to compile and launch it."""
+        chosen = {
             **self.constants,
-            num_warps=self.num_warps,
-            num_stages=self.num_stages,
-            enable_fp_fusion=self.fp_fusion,
-        )
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+            "enable_fp_fusion": self.fp_fusion,
+        }
+        return {**chosen, "launch_pdl": True} if dependent else chosen
 
     @property
     def variant(self) -> tuple[Any, ...]:

@@ -18,7 +18,7 @@ from mokernels.ops.configs import REDUCE_COLUMNS, GemmConfig
 from mokernels.ops.kernels.reduce import reduce_splits
 from mokernels.ops.launch.counters import counters_for
 from mokernels.ops.launch.plan import Launch
-from mokernels.ops.target import Target
+from mokernels.ops.target import Target, has_dependent_launch
 
 Planned = tuple[Tensor, tuple[Launch, ...]]
 """A result that is not filled yet, and the launches that fill it, in order."""
@@ -106,12 +106,12 @@ def plan_product(
 def run(planned: Planned) -> Tensor:
     """Run the launches in order, on the device of the result, and return the result."""
     result, launches = planned
-    index = result.device.index
+    dependent, index = has_dependent_launch(result.device), result.device.index
     if index is None or index == torch.accelerator.current_device_index():
-        _run_all(launches)
+        _run_all(launches, dependent)
     else:
         with torch.accelerator.device_index(index):
-            _run_all(launches)
+            _run_all(launches, dependent)
     return result
 
 
@@ -170,9 +170,9 @@ def _plan_reduction(partials: Tensor, ending: Ending) -> Launch:
     return Launch(reduce_splits, grid, arguments, constants, num_warps=4, num_stages=1)
 
 
-def _run_all(launches: tuple[Launch, ...]) -> None:
+def _run_all(launches: tuple[Launch, ...], dependent: bool) -> None:
     for launch in launches:
-        launch.run()
+        launch.run(dependent)
 
 
 def _vector(scale: Tensor | None) -> Tensor | None:
