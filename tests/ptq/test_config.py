@@ -83,20 +83,18 @@ def test_modelopts_rules_in_their_order():
 
 def test_modelopts_older_dictionaries_and_names_of_bits():
     named = {"num_bits": "e4m3", "axis": None}
-    config = {
-        "quant_cfg": {
-            "*weight_quantizer": named,
-            "*input_quantizer": named,
-            "*lm_head*": {"enable": False},
-            "nn.BatchNorm1d": {"*": {"enable": False}},
-            "default": {"enable": False},
-        },
-        "algorithm": "max",
+    default = {"default": {"enable": False}}
+    rules = {
+        "*weight_quantizer": named,
+        "*input_quantizer": named,
+        "*lm_head*": {"enable": False},
+        "nn.BatchNorm1d": {"*": {"enable": False}},
     }
-    config["quant_cfg"] = {"default": {"enable": False}, **config["quant_cfg"]}
-    del config["quant_cfg"]["default"]
+    config = {"quant_cfg": {**default, **rules}, "algorithm": "max"}
     assert chosen(config, ATTENTION) == "FP8"
     assert chosen(config, "lm_head") is None
+    # A later rule counts more, as in ModelOpt 0.47, to which "default" is one like the others.
+    assert chosen({**config, "quant_cfg": {**rules, **default}}, ATTENTION) is None
 
 
 @pytest.mark.parametrize(("cache", "name"), [(FP8, "FP8"), (NVFP4, "NVFP4")], ids=["FP8", "NVFP4"])
