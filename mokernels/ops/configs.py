@@ -29,10 +29,9 @@ what takes its place, with the same order.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
-from types import MappingProxyType
 
 from mokernels.ops.config_tables import (
     ANY_M,
@@ -40,6 +39,7 @@ from mokernels.ops.config_tables import (
     Kind,
     Rows,
     ceil_div,
+    generation,
     rows_of,
     serial_bucket,
 )
@@ -72,21 +72,11 @@ REDUCE_COLUMNS: int = 512
 GEMVS_PER_PROCESSOR: int = 4
 """Programs of a GEMV, of one or two warps, that a processor needs to have loads enough in flight;
 an estimate from the latency of memory."""
-PROGRAMS_PER_PROCESSOR: Mapping[Kind, float] = MappingProxyType(
-    {
-        Kind.HALF_FP8: 3.5,
-        Kind.HALF_BLOCK: 3.5,
-        Kind.HALF_NVFP4: 3.5,
-        Kind.HALF_MXFP8: 3.5,
-        Kind.GEMV_NVFP4: GEMVS_PER_PROCESSOR,
-    }
-)
-"""Programs of up to 16 rows that a processor needs; of other kinds :data:`FEW_ROWS_PROGRAMS`.
-
-Measured on an H200: what decodes its weight waits for its own instructions, and more programs hide
-that."""
-FEW_ROWS_PROGRAMS: float = 1.6
-"""The same for FP8 products of up to 64 rows, which only wait for the weight."""
+DECODERS_PER_PROCESSOR: float = 3.5
+"""Programs of up to 16 rows that a Hopper processor needs where they decode their weight, measured
+on an H200: they wait for their own instructions, which more programs hide."""
+FEW_ROWS_PER_PROCESSOR: float = 1.6
+"""The same for other products of up to 64 rows, which only wait for the weight."""
 PARALLEL_ROWS: int = 64
 """Most rows whose partial sums are worth programs of their own where their number is given."""
 
@@ -184,7 +174,7 @@ def _split(config: GemmConfig, kind: Kind, m: int, n: int, k: int, target: Targe
     if m == ANY_M:
         return 1
     tiles = ceil_div(m, config.block_m) * ceil_div(n, config.block_n)
-    wanted = target.processors * _programs_per_processor(kind, m)
+    wanted = target.processors * _programs_per_processor(kind, m, target)
     blocks = ceil_div(k, config.block_k)
     chosen = 1
     for split in SPLITS:
@@ -197,10 +187,13 @@ def _split(config: GemmConfig, kind: Kind, m: int, n: int, k: int, target: Targe
     return ceil_div(blocks, ceil_div(blocks, chosen)) if blocks else 1
 
 
-def _programs_per_processor(kind: Kind, m: int) -> float:
-    if m <= M_BUCKETS[0] and kind in PROGRAMS_PER_PROCESSOR:
-        return PROGRAMS_PER_PROCESSOR[kind]
-    return FEW_ROWS_PROGRAMS if m <= 64 else 1.0
+def _programs_per_processor(kind: Kind, m: int, target: Target) -> float:
+    if kind is Kind.GEMV_NVFP4:
+        return GEMVS_PER_PROCESSOR
+    decodes = kind in (Kind.HALF_FP8, Kind.HALF_BLOCK, Kind.HALF_NVFP4, Kind.HALF_MXFP8)
+    if decodes and m <= M_BUCKETS[0] and generation(target) == "wgmma":
+        return DECODERS_PER_PROCESSOR
+    return FEW_ROWS_PER_PROCESSOR if m <= 64 else 1.0
 
 
 def _distinct(rows: Rows) -> Iterator[GemmConfig]:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from mokernels import numerics
 from mokernels.ops import launch
-from mokernels.ops.configs import BLOCKS_PER_SPLIT, Kind, choose
+from mokernels.ops.configs import BLOCKS_PER_SPLIT, Kind, bucket, choose
 from mokernels.ops.target import Target
 from tests.kernels.products import (
     BF16,
@@ -223,7 +223,8 @@ def test_a_fused_nvfp4_group_equals_its_members_to_the_bit(device, target, quant
 
 def inner_of_two_splits(kind: Kind, m: int, target: Target) -> int:
     """A K, a multiple of 32 but not of a K step, that is just long enough to be split."""
-    return 2 * BLOCKS_PER_SPLIT * choose(kind, m, 64, 64, target).block_k + 32
+    blocks = 2 * BLOCKS_PER_SPLIT * choose(kind, m, 64, 64, target).block_k
+    return max(blocks, 32 * bucket(m)) + 32
 
 
 @settings(max_examples=8)
