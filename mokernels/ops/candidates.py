@@ -27,8 +27,8 @@ from dataclasses import fields, replace
 from functools import cache
 from itertools import product
 
-from mokernels.ops.config_limits import config_ok, is_wide, narrowed
-from mokernels.ops.config_tables import GemmConfig, Kind, generation
+from mokernels.ops.config_limits import config_ok, is_narrow, narrowed
+from mokernels.ops.config_tables import GemmConfig, Kind, decodes_first, generation
 from mokernels.ops.target import Target
 
 MOST_CANDIDATES = 24
@@ -128,8 +128,8 @@ def _neighbours(base: GemmConfig) -> Iterator[GemmConfig]:
 
 
 def _launched(config: GemmConfig) -> tuple[GemmConfig, ...]:
-    """The configurations that are launched for one: by TMA, for some shapes, half as wide tiles."""
-    by_halves = config.tma and is_wide(config)
+    """The configurations that are launched for one: by TMA, for some shapes, tiles of half size."""
+    by_halves = config.tma and not is_narrow(config)
     return (config, narrowed(config)) if by_halves else (config,)
 
 
@@ -145,7 +145,8 @@ def _is_sane(config: GemmConfig) -> bool:
 def _keeps_registers(config: GemmConfig, kind: Kind) -> bool:
     """Whether a thread's sums leave registers for the rest, in the loop and at its end."""
     most = _SUMS_OF_A_THREAD
-    if kind in _HALF_OF_THEM or config.promote is not None:
+    halved = kind in _HALF_OF_THEM and not decodes_first(config, kind)
+    if halved or config.promote is not None:
         most //= 2
     return config.block_m * config.block_n <= most * 32 * config.num_warps
 

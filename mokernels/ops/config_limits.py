@@ -5,11 +5,18 @@ from __future__ import annotations
 from dataclasses import replace
 
 from mokernels.formats import FP8_BLOCK
-from mokernels.ops.config_tables import ANY_M, GemmConfig, Kind, ceil_div, generation
+from mokernels.ops.config_tables import (
+    ANY_M,
+    DECODED_FIRST,
+    GemmConfig,
+    Kind,
+    decodes_first,
+    generation,
+)
 from mokernels.ops.quantizing import GEMV_GROUP
 from mokernels.ops.target import Target
 
-LARGEST_FP32_TILE: int = 128 * 128
+NARROW: int = 128 * 128
 """Most sums of a tile by TMA whose result is fp32."""
 
 
@@ -28,16 +35,21 @@ def config_ok(config: GemmConfig, kind: Kind, target: Target) -> bool:
     return powers_of_two and fits and promotes and whole and by_tma and scaled
 
 
-def is_wide(config: GemmConfig) -> bool:
-    """Whether a tile by TMA is too large for a result in fp32, which takes :func:`narrowed`."""
-    return config.block_m * config.block_n > LARGEST_FP32_TILE
+def is_narrow(config: GemmConfig) -> bool:
+    """Whether a tile by TMA may have a result in fp32, and is as small as tiles are made there."""
+    return config.block_m * config.block_n <= NARROW
 
 
 def narrowed(config: GemmConfig) -> GemmConfig:
-    """A configuration by TMA with tiles of half the width, and the pipeline that this leaves."""
-    half = config.block_n // 2
-    steps = config.num_stages * (config.block_m + config.block_n)
-    return replace(config, block_n=half, num_stages=ceil_div(steps, config.block_m + half))
+    """A configuration by TMA with half of a tile's longer side, and the pipeline that this leaves.
+
+    Tiles of 128x256 and of 256x128 become 128x128, of which 5 steps of 32 KiB fit beside an fp32
+    result.
+    """
+    m, n = config.block_m, config.block_n
+    m, n = (m // 2, n) if m > n else (m, n // 2)
+    stages = max(config.num_stages, min(config.num_stages + 2, 5))
+    return replace(config, block_m=m, block_n=n, num_stages=stages)
 
 
 def shared_bytes(config: GemmConfig, kind: Kind, target: Target) -> int:
@@ -46,16 +58,21 @@ def shared_bytes(config: GemmConfig, kind: Kind, target: Target) -> int:
     Pipelined loads keep ``num_stages`` copies of a step's operands as they are stored, one less
     where the matrix instruction is synchronous; a decoded weight may take one more copy in its new
     dtype; the result passes through shared memory in fp32 at the end, when the loads' buffers are
-    free again. By TMA they are not, since the next tile's operands are on their way; a wide tile
-    has 16-bit results then, and takes as much as one of half as many in fp32.
+    free again. By TMA they are not, since the next tile's operands are on their way; a program
+    of fp32 results has at most NARROW of them then. More results have 16 bits, and pass in parts
+    of 32 KiB (read off triton 3.6 and 3.9). A weight that is decoded before is read as the
+    activations are.
     """
     x_item, w_item = _stored_bytes(kind)
+    scales = _scale_bytes(config, kind)
+    if decodes_first(config, kind):
+        w_item, scales = x_item, 0
     rows = config.block_m * x_item + config.block_n * w_item
-    step = int(config.block_k * (rows + _scale_bytes(config, kind)))
+    step = int(config.block_k * (rows + scales))
     decoded = config.block_n * config.block_k * x_item if kind.value.startswith("half") else 0
     copies = config.num_stages - (generation(target) == "mma")
     if config.tma:
-        end = (2 if is_wide(config) else 4) * config.block_m * config.block_n
+        end = 4 * config.block_m * config.block_n if is_narrow(config) else 2 * NARROW
         return config.num_stages * step + end + 1024
     end = 4 * config.block_m * config.block_n
     return max(copies * step + int(decoded), end) + 1024
@@ -63,7 +80,7 @@ def shared_bytes(config: GemmConfig, kind: Kind, target: Target) -> int:
 
 def _goes_by_tma(config: GemmConfig, kind: Kind, target: Target) -> bool:
     """Whether the persistent kernel has the product, and TMA the blocks (256 items at most)."""
-    has_kernel = kind in (Kind.FP8, Kind.FP8_FAST, Kind.FP8_BLOCK)
+    has_kernel = kind in (Kind.FP8, Kind.FP8_FAST, Kind.FP8_BLOCK, *DECODED_FIRST)
     blocks = max(config.block_m, config.block_n, config.block_k) <= 256 and config.block_k >= 16
     return target.has_tma and has_kernel and blocks and not config.swap and config.split is None
 

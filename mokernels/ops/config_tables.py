@@ -106,6 +106,15 @@ class GemmConfig:
         return ceil_div(ceil_div(k, self.block_k), self.split_k)
 
 
+DECODED_FIRST = (Kind.HALF_NVFP4, Kind.HALF_MXFP8)
+"""Kinds whose weight a launch of its own decodes to x's dtype where the product goes by TMA."""
+
+
+def decodes_first(config: GemmConfig, kind: Kind) -> bool:
+    """Whether the product reads a weight that was decoded before, and not codes and scales."""
+    return config.tma and kind in DECODED_FIRST
+
+
 Rows = tuple[tuple[int, GemmConfig], ...]
 """(largest M, configuration), in the order of M; the last one takes every larger M too."""
 
@@ -144,9 +153,15 @@ def _rows_of(kind: Kind, target: Target, tma: bool) -> Rows:
     if kind is Kind.GEMV_NVFP4:
         return _GEMV if target.backend == "cuda" else _GEMV_OF_64_THREADS
     table = _table(kind, target)
+    rows = _TABLES[table][kind]
     by_tma = _BY_TMA.get((table, kind), ()) if tma else ()
-    few = tuple(row for row in _TABLES[table][kind] if not by_tma or row[0] < by_tma[0][0])
-    return few + by_tma
+    return _up_to(by_tma[0][0] // 2, rows) + by_tma if by_tma else rows
+
+
+def _up_to(last: int, rows: Rows) -> Rows:
+    """The rows of a table for the buckets up to this one."""
+    few = tuple(row for row in rows if row[0] < last)
+    return *few, (last, rows[len(few)][1])
 
 
 def serial_bucket(kind: Kind, target: Target) -> int:
@@ -173,9 +188,9 @@ def _row(
 
 
 def _by_tma(
-    end: int, m: int, n: int, stages: int, promote: int | None = None
+    end: int, m: int, n: int, stages: int, promote: int | None = None, k: int = 128
 ) -> tuple[int, GemmConfig]:
-    return end, GemmConfig(m, n, 128, 8, stages, promote=promote, tma=True)
+    return end, GemmConfig(m, n, k, 8, stages, promote=promote, tma=True)
 
 
 def _promoted(rows: Rows) -> Rows:
@@ -346,7 +361,14 @@ _SERIAL_BUCKETS: Mapping[tuple[Table, Kind], int] = MappingProxyType(
 
 # Many rows, where TMA can read the operands. The fastest of a search on an H200 with 2048 rows;
 # with fast accumulation 128x256 and 256x128 are level. Rows take the place of those above from the
-# first bucket on; where that one splits K, both tables have to have the same tile.
+# first bucket on, each bucket being twice the one before; where that one splits K, both tables have
+# to have the same tile.
+#
+# A weight that is decoded first costs 2.6 (NVFP4) or 3 bytes of traffic an item, whatever M is: for
+# 28672 x 4096 at 4 TB/s 75 or 90 us. A row of x then takes 0.33 us at the rate of a bf16 product,
+# and where the weight is decoded in the product 0.63 to 0.75 (NVFP4) or 0.68 to 1.0 us (MXFP8),
+# measured on an H200. So the two ways meet between 130 and 260 rows.
+_WGMMA_DECODED: Rows = (_by_tma(512, 128, 256, 4, k=64), _by_tma(ANY_M, 128, 256, 4, k=64))
 _BY_TMA: Mapping[tuple[Table, Kind], Rows] = MappingProxyType(
     {
         ("wgmma", Kind.FP8): (
@@ -354,5 +376,7 @@ _BY_TMA: Mapping[tuple[Table, Kind], Rows] = MappingProxyType(
             _by_tma(ANY_M, 256, 128, 3, FP8_BLOCK),
         ),
         ("wgmma", Kind.FP8_FAST): (_by_tma(512, 128, 128, 5), _by_tma(ANY_M, 128, 256, 3)),
+        ("wgmma", Kind.HALF_NVFP4): _WGMMA_DECODED,
+        ("wgmma", Kind.HALF_MXFP8): _WGMMA_DECODED,
     }
 )

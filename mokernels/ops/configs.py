@@ -24,6 +24,12 @@ parts of K ``serial``, to the same bits: a workspace of partial sums would grow 
 Many rows of FP8 by FP8 are multiplied by TMA, if K is not split. Whether TMA can read the operands
 depends on addresses and strides, which may not change a bit: :func:`choose_without_tma` returns
 what takes its place, with the same order.
+
+Many rows by an NVFP4 or MXFP8 weight that the target's matrix units cannot scale go by TMA too,
+once the weight is decoded (``decodes_first``). K is never split there, and its step is another one:
+the order is not that of fewer rows, even where the bits may be. So batch-invariant launches, which
+have one order for every M, decode the weight in the product. Activations that TMA cannot read are
+copied, which changes no bit.
 """
 
 from __future__ import annotations
@@ -35,10 +41,12 @@ from functools import cache
 
 from mokernels.ops.config_tables import (
     ANY_M,
+    DECODED_FIRST,
     GemmConfig,
     Kind,
     Rows,
     ceil_div,
+    decodes_first,
     generation,
     rows_of,
     serial_bucket,
@@ -115,7 +123,10 @@ def choose_without_tma(
     plan_n: int = 0,
     invariant: bool = False,
 ) -> GemmConfig:
-    """As :func:`choose`, in the same order of addition, for operands that TMA cannot read."""
+    """As :func:`choose`, in the same order of addition, for operands that TMA cannot read.
+
+    The order is another one only where the weight would be decoded first.
+    """
     chosen = _choose_invariant if invariant else _choose
     return chosen(kind, bucket(m), plan_n or n, k, target, False)
 
@@ -146,6 +157,8 @@ def kind_of_fp8(target: Target, block_scales: bool, fast_accum: bool) -> Kind:
 def _choose(kind: Kind, m: int, n: int, k: int, target: Target, tma: bool = True) -> GemmConfig:
     rows = rows_of(kind, target, tma)
     config = next((row for end, row in rows if m <= end), rows[-1][1])
+    if decodes_first(config, kind):
+        return config
     split_k = _split(config, kind, m, n, k, target)
     if config.tma and split_k > 1:
         return _choose(kind, m, n, k, target, False)
@@ -160,7 +173,8 @@ def _choose_invariant(
     serial = m > PARALLEL_ROWS and split_k > 1
     if serial:
         m = min(m, serial_bucket(kind, target))
-    config = _choose(kind, m, n, k, target, tma and split_k == 1)
+    tma = tma and split_k == 1 and kind not in DECODED_FIRST
+    config = _choose(kind, m, n, k, target, tma)
     return replace(config, split_k=split_k, serial=serial)
 
 

@@ -1,7 +1,7 @@
-"""What the compiler makes of FP8 products by TMA: instructions, registers, shared memory.
+"""What the compiler makes of products by TMA: instructions, registers, shared memory.
 
 The configurations that are chosen, with the results that cost most at the end of a tile, and others
-that the kernel takes: block scales, and Blackwell.
+that the kernel takes: block scales, and Blackwell. Weights that are decoded first are bf16 here.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ import pytest
 import torch
 
 from mokernels.ops.config_limits import config_ok, shared_bytes
+from mokernels.ops.config_tables import DECODED_FIRST
 from mokernels.ops.configs import GemmConfig, Kind, all_configs
-from mokernels.ops.launch import gemm
+from mokernels.ops.launch import decode, gemm
 from mokernels.ops.launch.plan import Launch
 from mokernels.ops.target import CUDA_TARGETS, SM_90, SM_100, Target
-from tests.aot.test_gemm import BF16, FP8, FP32, GemmCase, additions_of, empty
+from tests.aot.test_gemm import BF16, FP8, FP32, GemmCase, additions_of, empty, only
 from tests.support import sass
 from tests.support.aot import Compiled
 
@@ -33,9 +34,11 @@ CHOSEN = [
     for config in configs
     if config.tma
 ]
+TALL = GemmConfig(256, 128, 64, 8, 4, tma=True)
 SQUARE = GemmConfig(128, 128, 128, 8, 4, tma=True)
 POSSIBLE = [
     (SM_90, Kind.FP8_BLOCK, SQUARE),
+    (SM_90, Kind.HALF_NVFP4, TALL),
     (SM_100, Kind.FP8, SQUARE),
     (SM_100, Kind.FP8_BLOCK, SQUARE),
 ]
@@ -43,6 +46,8 @@ MATRIX_INSTRUCTION = {SM_90: "QGMMA", SM_100: "UTCQMMA"}
 
 
 def launch_of(target: Target, kind: Kind, config: GemmConfig, n: int, out: torch.dtype) -> Launch:
+    if kind in DECODED_FIRST:
+        return decoded_launch(target, kind, config, n, out)
     a, b = empty(2048, K, dtype=FP8), empty(n, K, dtype=FP8)
     scales, bias = (empty(2048), empty(n)), empty(n, dtype=BF16)
     if kind is Kind.FP8_BLOCK:
@@ -53,22 +58,40 @@ def launch_of(target: Target, kind: Kind, config: GemmConfig, n: int, out: torch
     return launch
 
 
+def decoded_launch(
+    target: Target, kind: Kind, config: GemmConfig, n: int, out: torch.dtype
+) -> Launch:
+    x, bias = empty(2048, K, dtype=BF16), empty(n, dtype=BF16)
+    with patch.object(decode, "choose", lambda *_: config):
+        if kind is Kind.HALF_NVFP4:
+            weight = (empty(n, K // 2, dtype=torch.uint8), empty(n, K // 16, dtype=FP8))
+            tail = (empty(), empty(n), bias, out)
+            planned = decode.plan_nvfp4_decode(x, *weight, *tail, target=target)
+        else:
+            weight = (empty(n, K, dtype=FP8), empty(n, K // 32, dtype=torch.uint8))
+            # Without scales nothing would take the bias into a multiply-add.
+            planned = decode.plan_mxfp8_decode(x, *weight, None, out, target=target)
+    return only(planned, "gemm_persistent")
+
+
 def cases() -> Iterator[GemmCase]:
     for target, kind, config in (*CHOSEN, *POSSIBLE):
         seen = set()
         for n, out in ((n, out) for n in COLUMNS for out in (BF16, FP32)):
             launch = launch_of(target, kind, config, n, out)
-            width = launch.constants["BLOCK_N"]
-            if (width, out) not in seen:
-                seen.add((width, out))
-                tile = f"{config.block_m}x{width}x{config.block_k}"
+            height, width = launch.constants["BLOCK_M"], launch.constants["BLOCK_N"]
+            if (height, width, out) not in seen:
+                seen.add((height, width, out))
+                tile = f"{height}x{width}x{config.block_k}"
                 yield GemmCase(
                     "gemm-persistent",
                     target,
                     f"{kind.value}-{tile}-{str(out).removeprefix('torch.')}",
                     lambda launch=launch: launch,
                     kind=kind,
-                    config=replace(config, block_n=width, num_stages=launch.num_stages),
+                    config=replace(
+                        config, block_m=height, block_n=width, num_stages=launch.num_stages
+                    ),
                 )
 
 
@@ -80,7 +103,8 @@ def test_main_loop(case: GemmCase, compiled: Compiled):
     assert compiled.name == "gemm_persistent"
     loop = sass.main_loop(compiled)
     used = sass.count(loop)
-    sass.assert_matrix_instruction(compiled, MATRIX_INSTRUCTION[case.target])
+    wanted = "HGMMA" if case.kind in DECODED_FIRST else MATRIX_INSTRUCTION[case.target]
+    sass.assert_matrix_instruction(compiled, wanted)
     assert "cp.async.bulk.tensor" in compiled.ptx
     assert used["UTMALDG"] >= 2, used
     assert not used["LDGSTS"], used
@@ -99,3 +123,4 @@ def test_wide_and_narrow_tiles_are_compiled():
     # An fp32 result is narrow, whatever N is.
     widths = {(case.kind, case.config.block_n) for case in CASES if case.target is SM_90}
     assert {(Kind.FP8, 128), (Kind.FP8_FAST, 128), (Kind.FP8_FAST, 256)} <= widths
+    assert {(kind, width) for kind in DECODED_FIRST for width in (128, 256)} <= widths

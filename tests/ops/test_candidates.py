@@ -15,7 +15,7 @@ from mokernels.ops.candidates import (
     objection,
 )
 from mokernels.ops.config_limits import config_ok, narrowed
-from mokernels.ops.config_tables import GemmConfig
+from mokernels.ops.config_tables import DECODED_FIRST, GemmConfig
 from mokernels.ops.configs import M_BUCKETS, Kind, all_configs, choose
 from mokernels.ops.target import SM_80, SM_90, SM_100
 from tests.ops.test_configs import ANY_M, CHOICES, MATRIX_CHOICES, name
@@ -133,6 +133,14 @@ def test_by_tma_tiles_of_half_the_width_fit_too():
     wide = [c for c in candidates_of(base, Kind.FP8_FAST, SM_90) if c.block_n > 128]
     assert len(wide) > 1
     assert all(config_ok(narrowed(c), Kind.FP8_FAST, SM_90) for c in wide)
+
+
+def test_what_is_decoded_first_is_tried_in_both_wide_tiles():
+    for kind in DECODED_FIRST:
+        found = candidates_of(choose(kind, 2048, 28672, 4096, SM_90), kind, SM_90)
+        tiles = {(c.block_m, c.block_n, c.num_warps, c.num_stages) for c in found}
+        assert {(128, 256, 8, 3), (128, 256, 8, 4), (256, 128, 8, 3), (256, 128, 8, 4)} <= tiles
+        assert any(c.block_m == c.block_n == 128 for c in found)
 
 
 def test_every_choice_of_a_table_is_its_own_candidate():

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mokernels.ops.config_limits import config_ok, shared_bytes
-from mokernels.ops.config_tables import LAST_PROGRAM_BYTES
+from mokernels.ops.config_limits import config_ok, narrowed, shared_bytes
+from mokernels.ops.config_tables import DECODED_FIRST, LAST_PROGRAM_BYTES, decodes_first
 from mokernels.ops.configs import (
     ANY_M,
     BLOCKS_PER_SPLIT,
@@ -59,8 +59,8 @@ def test_every_configuration_is_legal(target, kind):
 
 @pytest.mark.parametrize("target", TARGETS, ids=name)
 def test_there_are_few_configurations(target):
-    # Every one of them is compiled and tuned for; 40 is what a test run can afford.
-    assert 10 <= sum(len(configs) for configs in all_configs(target).values()) <= 40
+    # Every one of them is compiled and tuned for; 45 is what a test run can afford.
+    assert 10 <= sum(len(configs) for configs in all_configs(target).values()) <= 45
 
 
 @given(targets_and_kinds, rows, columns, inner, processors)
@@ -99,7 +99,9 @@ def test_all_rows_of_a_bucket_share_the_choice(choice, m, n, k):
 def test_only_the_split_depends_on_the_rows(choice, m, other, n, k):
     target, kind = choice
     first, second = (choose(kind, value, n, k, target) for value in (m, other))
-    assert replace(first, split_k=1).order == replace(second, split_k=1).order
+    decoded = [decodes_first(config, kind) for config in (first, second)]
+    if decoded[0] == decoded[1]:
+        assert replace(first, split_k=1).order == replace(second, split_k=1).order
 
 
 @given(targets_and_kinds, rows, columns, columns, inner)
@@ -243,9 +245,13 @@ def test_shared_memory_is_counted_in_bytes_of_the_operands():
     # A wide tile ends with its fp32 sums.
     short = GemmConfig(128, 256, 32, 8, num_stages=2)
     assert shared_bytes(short, Kind.FP8, SM_90) == 4 * 128 * 256 + 1024
-    # By TMA the next tile's operands are there as well, and fp32 results are 128 columns wide.
+    # By TMA the next tile's operands are there as well; a wide tile's 16-bit results pass in parts.
     tma = GemmConfig(128, 256, 128, 8, num_stages=3, tma=True)
-    assert shared_bytes(tma, Kind.FP8, SM_90) == 3 * (128 + 256) * 128 + 4 * 128 * 128 + 1024
+    assert shared_bytes(tma, Kind.FP8, SM_90) == 3 * (128 + 256) * 128 + 2**15 + 1024
+    assert shared_bytes(narrowed(tma), Kind.FP8, SM_90) == 5 * 256 * 128 + 4 * 128 * 128 + 1024
+    # A weight that is decoded first has 16 bits too, and its scales are not read.
+    decoded = replace(tma, block_k=64)
+    assert shared_bytes(decoded, Kind.HALF_NVFP4, SM_90) == shared_bytes(tma, Kind.FP8, SM_90)
 
 
 @given(st.sampled_from(MATRIX_CHOICES), rows, columns, inner, processors, st.booleans(), columns)
@@ -254,22 +260,49 @@ def test_what_takes_the_place_of_tma_adds_in_its_order(choice, m, n, k, count, i
     config, other = (
         choice(kind, m, n, k, target, plan_n, invariant) for choice in (choose, choose_without_tma)
     )
-    assert other.order == config.order
-    assert other.split == config.split
     assert not other.tma
+    if not decodes_first(config, kind):
+        assert other.order == config.order
+        assert other.split == config.split
     assert replace(other, split_k=1, serial=False) in all_configs(target)[kind]
     assert config == other or (config.tma and m > 256 and config.split is None)
 
 
-def test_many_rows_of_fp8_go_by_tma_on_hopper():
+def test_many_rows_go_by_tma_on_hopper():
+    kinds = (Kind.FP8, Kind.FP8_FAST, *DECODED_FIRST)
     for target, kind in CHOICES:
-        wanted = target is SM_90 and kind in (Kind.FP8, Kind.FP8_FAST)
+        wanted = target is SM_90 and kind in kinds
         for m in (512, 2048):
             assert choose(kind, m, 28672, 4096, target).tma == wanted, (target.name, kind)
         assert not choose(kind, 256, 28672, 4096, target).tma
     # Here one row splits K, and batch invariance makes many rows do so too.
     assert choose(Kind.FP8, 2048, 1024, 4096, SM_90).tma
     assert not choose(Kind.FP8, 2048, 1024, 4096, SM_90, invariant=True).tma
+
+
+@given(st.sampled_from(DECODED_FIRST), st.integers(257, 5000), columns, inner, columns)
+def test_a_weight_is_decoded_first_whatever_its_shape_but_not_in_batch_invariance(
+    kind, m, n, k, plan_n
+):
+    config = choose(kind, m, n, k, SM_90, plan_n)
+    assert decodes_first(config, kind)
+    assert config.split is None
+    invariant = choose(kind, m, n, k, SM_90, plan_n, invariant=True)
+    assert not invariant.tma
+    assert invariant.order == choose(kind, 1, n, k, SM_90, plan_n, invariant=True).order
+
+
+def test_tiles_by_tma_are_narrowed_to_squares():
+    for wide in (
+        GemmConfig(128, 256, 64, 8, 4, tma=True),
+        GemmConfig(256, 128, 64, 8, 3, tma=True),
+    ):
+        narrow = narrowed(wide)
+        assert (narrow.block_m, narrow.block_n, narrow.num_stages) == (128, 128, 5)
+        assert narrow.order == wide.order
+        for kind in DECODED_FIRST:
+            assert config_ok(wide, kind, SM_90)
+            assert config_ok(narrow, kind, SM_90)
 
 
 def test_buckets():
@@ -298,6 +331,8 @@ def test_an_invariant_choice_changes_the_split_alone(choice, m, n, group_n, k, c
     target = replace(target, processors=count)
     config = choose(kind, m, n, k, target, invariant=True)
     usual = choose(kind, m, n, k, target)
+    if decodes_first(usual, kind):
+        usual = choose_without_tma(kind, m, n, k, target)
     if config.split != "serial":
         assert config == replace(usual, split_k=config.split_k)
     assert replace(config, split_k=1, serial=False) in all_configs(target)[kind]

@@ -13,7 +13,8 @@ from triton.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
 
 from mokernels.formats import FORMATS, Activation
-from mokernels.ops.configs import ANY_M, M_BUCKETS, bucket
+from mokernels.ops.configs import M_BUCKETS, bucket
+from mokernels.ops.kernels.gemm_persistent import gemm_persistent
 from mokernels.ops.launch.fused import plan_gated_quantize, plan_norm_quantize
 from mokernels.ops.launch.layer import plan_layer
 from mokernels.ops.launch.plan import Launch
@@ -119,10 +120,11 @@ def test_only_the_range_of_rows_matters_to_a_product(target, name, activation):
             found = {variant(launch, target) for launch in launches(name, activation, m, target)}
             by_range.setdefault(bucket(m), set()).add(frozenset(products(found)))
     assert len(by_range) == len(M_BUCKETS) + 1
-    many = by_range.pop(ANY_M)
-    assert set(map(len, by_range.values())) == {1}
-    # Of many rows by TMA, the number of turns decides between a wide tile and one of half of it.
-    assert len(frozenset().union(*many)) <= min(map(len, many)) + 1
+    for found in by_range.values():
+        # By TMA the very number of rows decides between a tile and half of it (tile_by_tma).
+        by_tma = {v for v in frozenset.union(*found) if v[0] is gemm_persistent}
+        assert len({others - by_tma for others in found}) == 1
+        assert len(by_tma) <= 2
 
 
 @pytest.mark.parametrize("target", [*CUDA_TARGETS, *HIP_TARGETS], ids=lambda target: target.name)

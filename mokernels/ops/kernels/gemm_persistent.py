@@ -1,4 +1,7 @@
-"""FP8 by FP8 for many rows: operands come by TMA, to programs that stay for several tiles."""
+"""Products of many rows: operands come by TMA, to programs that stay for several tiles.
+
+FP8 by FP8 as it is stored, and 16-bit activations by a weight that a launch before has decoded.
+"""
 
 import triton
 import triton.language as tl
@@ -68,6 +71,7 @@ def gemm_persistent(
     stride_bw,
     stride_sx,
     stride_sw,
+    stride_out,
     PROGRAMS: tl.constexpr,
     PROMOTE: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -77,10 +81,13 @@ def gemm_persistent(
 ):
     """The products of gemm_epilogue and, with block scales, of gemm_block, to the same bits.
 
-    ``x`` and ``w`` are TMA descriptors of E4M3 [M, K] and [N, K], with blocks [BLOCK_M, BLOCK_K]
-    and [BLOCK_N, BLOCK_K]. At most PROGRAMS programs take the tiles in turns, in the order in which
-    programs of one tile each would start. Flattened, the loops over tiles and over K are one, so
-    that the next tile's operands are under way while this tile ends.
+    ``x`` and ``w`` are TMA descriptors of [M, K] and [N, K], with blocks [BLOCK_M, BLOCK_K] and
+    [BLOCK_N, BLOCK_K]: E4M3, or without block scales both bf16 or both fp16. The rows of ``out``
+    [M, N] are dense and ``stride_out`` items apart, so that it may be columns of a wider result.
+
+    At most PROGRAMS programs take the tiles in turns, in the order in which programs of one tile
+    each would start. Flattened, the loops over tiles and over K are one, so that the next tile's
+    operands are under way while this tile ends.
     """
     wait_for_inputs()
     tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
@@ -97,4 +104,6 @@ def gemm_persistent(
             x, w, bx_rows, bw, tile_m * BLOCK_M, tile_n * BLOCK_N, rm < M, K,
             PROMOTE, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
-        store_output(acc, rm, rn, M, N, scale_x, stride_sx, scale_w, stride_sw, bias, out)
+        store_output(
+            acc, rm, rn, M, N, scale_x, stride_sx, scale_w, stride_sw, bias, out, stride_out
+        )

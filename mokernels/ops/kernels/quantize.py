@@ -325,7 +325,8 @@ def dequantize_blocks(
     """Out [rows, K] = code * scale, in fp32 and rounded once to out's dtype.
 
     The scale of element [r, c] is at ``(r // SCALE_ROWS) * scale_row_stride + (c // GROUP) *
-    scale_stride``: a stride of 0 repeats one scale along the rows or along K.
+    scale_stride``: a stride of 0 repeats one scale along the rows or along K. Those of "nvfp4" are
+    times ``global_scale``, if that is not None.
     """
     wait_for_inputs()
     BLOCKS: tl.constexpr = COLUMNS // GROUP
@@ -341,7 +342,9 @@ def dequantize_blocks(
         packed_mask = (row < rows) & (pair < k // 2)
         packed = tl.load(codes + start + pair, mask=packed_mask, other=0)
         value = decode_e2m1(unpack_nibbles(packed), tl.float32)
-        scale = decode_e4m3(scale, tl.float32, HAS_TYPE) * tl.load(global_scale)
+        scale = decode_e4m3(scale, tl.float32, HAS_TYPE)
+        if global_scale is not None:
+            scale *= tl.load(global_scale)
     else:
         code = tl.load(codes + start + column, mask=(row < rows) & (column < k), other=0)
         value = decode_e4m3(code, tl.float32, HAS_TYPE)

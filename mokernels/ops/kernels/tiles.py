@@ -149,9 +149,12 @@ def by_rows(acc, SWAP: tl.constexpr):
 
 
 @triton.jit
-def store_output(acc, rm, rn, M, N, scale_x, stride_sx, scale_w, stride_sw, bias, out):
-    """out[rm, rn] = acc * scale_x * scale_w + bias, in out's dtype; out [M, N] is contiguous.
+def store_output(
+    acc, rm, rn, M, N, scale_x, stride_sx, scale_w, stride_sw, bias, out, stride_out=None
+):
+    """out[rm, rn] = acc * scale_x * scale_w + bias, in out's dtype.
 
+    The rows of out [M, N] are dense, and N items apart unless ``stride_out`` says otherwise.
     Scales are pointers to fp32 vectors (stride 0 repeats a scalar) and, like the bias, may be None;
     scale_x may also be the values of the rows ``rm``. The order of these operations is the same in
     every kernel, so that a result does not depend on which launch or program ends it.
@@ -166,7 +169,9 @@ def store_output(acc, rm, rn, M, N, scale_x, stride_sx, scale_w, stride_sw, bias
         acc = acc * tl.load(scale_w + rn * stride_sw, mask=in_n, other=0.0)[None, :]
     if bias is not None:
         acc = acc + tl.load(bias + rn, mask=in_n, other=0.0).to(tl.float32)[None, :]
-    pointers = row_pointers(out, rm, N) + rn[None, :]
+    if stride_out is None:
+        stride_out = N
+    pointers = row_pointers(out, rm, stride_out) + rn[None, :]
     tl.store(pointers, acc.to(out.dtype.element_ty), mask=in_m[:, None] & in_n[None, :])
 
 

@@ -1,7 +1,9 @@
-"""Launches of products whose weight is decoded in registers: NVFP4 and MXFP8 by floats.
+"""Launches of products whose weight is decoded: NVFP4 and MXFP8 by floats.
 
-The activations are floats: as they are, already quantized and decoded again, or one row that the
-product quantizes itself. One row by an NVFP4 weight has a kernel of its own (:mod:`gemv`).
+It is decoded in the product's registers, or, where many rows make up for that, by a launch before
+(:mod:`decoded`). The activations are floats: as they are, already quantized and decoded again, or
+one row that the product quantizes itself. One row by an NVFP4 weight has a kernel of its own
+(:mod:`gemv`).
 """
 
 from __future__ import annotations
@@ -14,8 +16,9 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from mokernels.ops.configs import Kind
+from mokernels.ops.configs import Kind, choose_without_tma
 from mokernels.ops.kernels.gemm_decode import gemm_decode
+from mokernels.ops.launch.decoded import plan_decoded
 from mokernels.ops.launch.gemv import plan_gemv, takes_gemv
 from mokernels.ops.launch.plan import Launch
 from mokernels.ops.launch.product import (
@@ -199,6 +202,12 @@ def _plan(
 ) -> tuple[Launch, ...]:
     x, w, scale = rows_of(x), weight.codes, weight.scale
     (m, k), n = x.shape, w.shape[0]
+    config = choose(kind, m, n, k, target, plan_n, invariant)
+    if config.tma:
+        planned = plan_decoded(x, weight.format, w, scale, ending, config, target)
+        if planned is not None:
+            return planned
+        config = choose_without_tma(kind, m, n, k, target, plan_n, invariant)
     operands = Operands(
         (x, w, scale, global_scale_x), (x.stride(0), w.stride(0), scale.stride(0)), (m, n, k)
     )
@@ -206,7 +215,7 @@ def _plan(
         gemm_decode,
         operands,
         ending,
-        choose(kind, m, n, k, target, plan_n, invariant),
+        config,
         FORMAT=weight.format,
         COMPUTE=compute,
         QUANTIZE=quantize,

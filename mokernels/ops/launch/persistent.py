@@ -1,7 +1,7 @@
-"""Launches of FP8 products whose operands come by TMA: which can, in what tiles, and how.
+"""Launches of products whose operands come by TMA: which can, in what tiles, and how.
 
 TMA (tensor memory accelerator) copies blocks of a matrix to shared memory by a descriptor of it.
-What it cannot describe is multiplied by the kernels that load from pointers, to the same bits.
+FP8 that it cannot describe is multiplied by the kernels that load from pointers, to the same bits.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from mokernels.ops.config_limits import is_wide, narrowed
+from mokernels.ops.config_limits import is_narrow, narrowed
 from mokernels.ops.config_tables import GemmConfig, ceil_div
 from mokernels.ops.kernels.gemm_persistent import gemm_persistent
 from mokernels.ops.launch.plan import Launch
@@ -46,7 +46,7 @@ def tma_reads(matrix: Tensor, target: Target) -> bool:
 
 
 def tile_by_tma(config: GemmConfig, m: int, n: int, item: int, target: Target) -> GemmConfig:
-    """A configuration by TMA, or one of half its width if that is done first, or fits.
+    """A configuration by TMA, or one of half its tile if that is done first, or fits.
 
     Programs take tiles in turns, and the last turn takes as long as the others though few programs
     may have a tile in it. The order of addition is the same.
@@ -58,7 +58,7 @@ def tile_by_tma(config: GemmConfig, m: int, n: int, item: int, target: Target) -
         item: bytes of an item of the result.
         target: as many programs as it has processors share the tiles.
     """
-    if not is_wide(config):
+    if is_narrow(config):
         return config
     narrow = narrowed(config)
     if item > 2 or _time(narrow, m, n, target) < _time(config, m, n, target):
@@ -69,14 +69,14 @@ def tile_by_tma(config: GemmConfig, m: int, n: int, item: int, target: Target) -
 def plan_persistent(
     operands: Operands, ending: Ending, config: GemmConfig, target: Target
 ) -> tuple[Launch, ...]:
-    """The launch of one product of E4M3 by E4M3 whose configuration says ``tma``.
+    """The launch of one product, of operands of one dtype, whose configuration says ``tma``.
 
     The kernel takes what the others take (:mod:`product`), but for the strides of x and w, which
-    their descriptors know, and for the steps of a part of K.
+    their descriptors know, and with the stride of out for the steps of a part of K.
 
     Args:
         operands: x, w, the block scales of x and of w or None; :func:`tma_reads` both x and w.
-        ending: what to do with the sums, and where to put them.
+        ending: what to do with the sums, and where to put them; out may be columns of a matrix.
         config: tile and pipeline; it does not split K.
         target: as many programs as it has processors share the tiles.
     """
@@ -93,6 +93,7 @@ def plan_persistent(
         *operands.sizes,
         *operands.strides[2:],
         *ending.strides,
+        ending.out.stride(-2) if ending.out.dim() > 1 else n,
     )
     constants = {
         "PROGRAMS": target.processors,

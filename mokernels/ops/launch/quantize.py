@@ -219,6 +219,27 @@ def plan_dequantize_mxfp8(
     return out, (_dequantize_blocks(rows, tensors, "mxfp8", MXFP8_BLOCK, target, layout),)
 
 
+def plan_decode_weight(
+    name: str, codes: Tensor, scale: Tensor, values: Tensor, *, target: Target
+) -> Launch:
+    """The launch that fills ``values`` [N, K] of a float dtype with code * block scale.
+
+    Without the global scale of NVFP4 they are exact in bf16 and fp16: 6 significant bits at most,
+    from 2 ** -10 to 2 ** 12. Those of MXFP8 are rounded once, which bf16 needs below 2 ** -133.
+
+    Args:
+        name: "nvfp4" or "mxfp8".
+        codes: with dense rows; of NVFP4 packed.
+        scale: of the blocks; contiguous.
+        values: contiguous.
+        target: the device.
+    """
+    group = NVFP4_BLOCK if name == "nvfp4" else MXFP8_BLOCK
+    rows = rows_of(codes.view(torch.uint8))._replace(k=values.shape[1])
+    tensors = (scale.view(torch.uint8), None, values)
+    return _dequantize_blocks(rows, tensors, name, group, target, (1, scale.shape[1], 1))
+
+
 class Rows(NamedTuple):
     """A tensor [..., K] as rows in memory: row r starts at element ``(r // inner) * outer_stride +
     (r % inner) * inner_stride``, and K is contiguous.
