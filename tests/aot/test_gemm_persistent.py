@@ -17,12 +17,11 @@ from mokernels.ops.config_limits import config_ok, shared_bytes
 from mokernels.ops.config_tables import DECODED_FIRST
 from mokernels.ops.configs import GemmConfig, Kind, all_configs
 from mokernels.ops.launch import decode, gemm
-from mokernels.ops.launch.persistent import in_halves
 from mokernels.ops.launch.plan import Launch
 from mokernels.ops.target import CUDA_TARGETS, SM_90, SM_100, Target
 from tests.aot.test_gemm import BF16, FP8, FP32, GemmCase, additions_of, empty, only
 from tests.support import sass
-from tests.support.aot import Compiled, compile_launch
+from tests.support.aot import Compiled
 
 K = 4096
 COLUMNS = (28672, 5120)
@@ -40,7 +39,6 @@ SQUARE = GemmConfig(128, 128, 128, 8, 4, tma=True)
 POSSIBLE = [
     (SM_90, Kind.FP8_BLOCK, SQUARE),
     (SM_90, Kind.HALF_NVFP4, TALL),
-    (SM_90, Kind.FP8, replace(TALL, block_k=128, num_stages=3, promote=128)),
     (SM_100, Kind.FP8, SQUARE),
     (SM_100, Kind.FP8_BLOCK, SQUARE),
 ]
@@ -110,31 +108,15 @@ def test_main_loop(case: GemmCase, compiled: Compiled):
     assert "cp.async.bulk.tensor" in compiled.ptx
     assert used["UTMALDG"] >= 2, used
     assert not used["LDGSTS"], used
-    config = case.config
-    if in_halves(config):
-        assert compiled.stack <= 16  # a number or two that the end of a tile needs
-    else:
-        sass.assert_no_spills(compiled)
+    sass.assert_no_spills(compiled)
     sass.assert_fits(compiled)
+    config = case.config
     assert config_ok(config, case.kind, case.target)
     assert compiled.shared <= shared_bytes(config, case.kind, case.target)
     # The loop holds the end of a tile too, where scales and bias are contracted, as in the kernels
     # that load from pointers: an addition that is left promotes.
     elements = config.block_m * config.block_n // (32 * config.num_warps)
     assert additions_of(loop) == (elements if config.promote else 0), used
-
-
-def test_a_promoted_tall_tile_multiplies_half_of_it_at_once():
-    config = replace(TALL, block_k=128, num_stages=3, promote=128)
-    launch = launch_of(SM_90, Kind.FP8, config, COLUMNS[0], BF16)
-    loop = sass.main_loop(compile_launch(launch, SM_90))
-    used = [i.opcode for i in loop if i.base in ("QGMMA", "WARPGROUP")]
-    # 4 steps of 32 products, without a wait between them.
-    steps = [i.startswith("QGMMA") for i in used]
-    assert launch.constants["HALVES"]
-    assert sum(steps) == 8
-    assert [True] * 4 in (steps[i : i + 4] for i in range(len(steps)))
-    assert sum("DEPBAR" in i for i in used) == 2
 
 
 def test_wide_and_narrow_tiles_are_compiled():

@@ -123,26 +123,6 @@ def test_a_wide_tile(device, target, monkeypatch):
     assert_product(gemm.run(planned), *operands, None, BF16, native_fp8=True)
 
 
-@pytest.mark.parametrize("out", [BF16, FP32], ids=str)
-@chosen_for
-def test_a_promoted_tall_tile_in_halves(device, target, out, monkeypatch):
-    if interpreting():
-        monkeypatch.setattr(interpreted_dots, "matrix_product", interpreted_dots.product_in_order)
-    draw, (m, n, k) = Draw(device, 7), (530, 200, 400)
-    a, b, scale_a, scale_b = draw.e4m3(m, k), draw.e4m3(n, k), draw.scale(m), draw.scale(n)
-    few, results = replace(target, processors=2), []
-    for change in ({"block_m": 256, "block_n": 64}, {"block_m": 128, "block_n": 64}):
-        config = replace(TILE, promote=128, num_warps=8, num_stages=3, **change)
-        assert config_ok(config, Kind.FP8, target)
-        by(monkeypatch, config)
-        planned = gemm.plan_fp8_gemm(a, b, scale_a, scale_b, None, out, target=few)
-        assert planned[1][0].constants["HALVES"] == (config.block_m == 256)
-        results.append(gemm.run(planned))
-    assert_same_bits(*results)
-    operands = (numerics.dequantize_fp8(a, scale_a), numerics.dequantize_fp8(b, scale_b))
-    assert_product(results[0], *operands, None, out, native_fp8=True)
-
-
 @chosen_for
 def test_a_fused_group_equals_its_members_to_the_bit(device, target):
     draw, k, members = Draw(device, 3), 272, (128, 40, 128)

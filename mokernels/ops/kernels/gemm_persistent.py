@@ -54,30 +54,6 @@ def sum_of_tile(
     return acc
 
 
-@triton.jit
-def sums_of_halves(
-    x, w, row, column, K, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
-):
-    """As :func:`sum_of_tile` with PROMOTE = BLOCK_K and no block scales, in an upper and a lower
-    half of a tile of BLOCK_M rows.
-
-    Promoted by itself, one instruction of a tall tile would wait for the one before: it adds the
-    products of rows that are done while others multiply, which ptxas does not tell apart. Here
-    only the products of one half are held beside the sums.
-    """
-    HALF: tl.constexpr = BLOCK_M // 2
-    upper = new_accumulator(HALF, BLOCK_N, False)
-    lower = new_accumulator(HALF, BLOCK_N, False)
-    none = new_accumulator(HALF, BLOCK_N, False)
-    for k in range(0, K, BLOCK_K):
-        x_upper = x.load([row, k])
-        x_lower = x.load([row + HALF, k])
-        w_tile = w.load([column, k])
-        upper += multiply(x_upper, w_tile, none, False, None)
-        lower += multiply(x_lower, w_tile, none, False, None)
-    return upper, lower
-
-
 @triton.jit(do_not_specialize=["M"])
 def gemm_persistent(
     x,
@@ -98,7 +74,6 @@ def gemm_persistent(
     stride_out,
     PROGRAMS: tl.constexpr,
     PROMOTE: tl.constexpr,
-    HALVES: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -108,39 +83,27 @@ def gemm_persistent(
 
     ``x`` and ``w`` are TMA descriptors of [M, K] and [N, K], with blocks [BLOCK_M, BLOCK_K] and
     [BLOCK_N, BLOCK_K]: E4M3, or without block scales both bf16 or both fp16. The rows of ``out``
-    [M, N] are dense, and ``stride_out`` items apart where it is columns of a wider result.
+    [M, N] are dense and ``stride_out`` items apart, so that it may be columns of a wider result.
 
     At most PROGRAMS programs take the tiles in turns, in the order in which programs of one tile
     each would start. Flattened, the loops over tiles and over K are one, so that the next tile's
-    operands are under way while this tile ends. With HALVES a tile is multiplied, promoted and
-    stored in two halves of its rows, and the blocks of ``x`` are as high as these.
+    operands are under way while this tile ends.
     """
     wait_for_inputs()
     tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
     for tile in tl.range(tl.program_id(0), tiles, PROGRAMS, flatten=True):
         tile_m, tile_n = tile_at(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
-        row, column = tile_m * BLOCK_M, tile_n * BLOCK_N
+        rm = indices(tile_m, BLOCK_M)
         rn = indices(tile_n, BLOCK_N)
-        if HALVES:
-            rm = indices(2 * tile_m, BLOCK_M // 2)
-            upper, lower = sums_of_halves(x, w, row, column, K, BLOCK_M, BLOCK_N, BLOCK_K)
-            store_output(
-                upper, rm, rn, M, N, scale_x, stride_sx, scale_w, stride_sw, bias, out, stride_out
-            )
-            rm += BLOCK_M // 2
-            store_output(
-                lower, rm, rn, M, N, scale_x, stride_sx, scale_w, stride_sw, bias, out, stride_out
-            )
-        else:
-            rm = indices(tile_m, BLOCK_M)
-            bx_rows, bw = None, None
-            if block_scale_x is not None:
-                bx_rows = block_scale_x + rm.to(tl.int64) * stride_bx
-            if block_scale_w is not None:
-                bw = block_scale_w + column // 128 * stride_bw
-            acc = sum_of_tile(
-                x, w, bx_rows, bw, row, column, rm < M, K, PROMOTE, BLOCK_M, BLOCK_N, BLOCK_K
-            )
-            store_output(
-                acc, rm, rn, M, N, scale_x, stride_sx, scale_w, stride_sw, bias, out, stride_out
-            )
+        bx_rows, bw = None, None
+        if block_scale_x is not None:
+            bx_rows = block_scale_x + rm.to(tl.int64) * stride_bx
+        if block_scale_w is not None:
+            bw = block_scale_w + tile_n * BLOCK_N // 128 * stride_bw
+        acc = sum_of_tile(
+            x, w, bx_rows, bw, tile_m * BLOCK_M, tile_n * BLOCK_N, rm < M, K,
+            PROMOTE, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+        store_output(
+            acc, rm, rn, M, N, scale_x, stride_sx, scale_w, stride_sw, bias, out, stride_out
+        )

@@ -66,12 +66,6 @@ def tile_by_tma(config: GemmConfig, m: int, n: int, item: int, target: Target) -
     return config
 
 
-def in_halves(config: GemmConfig) -> bool:
-    """Whether a tile is promoted in two halves of its rows, each with the rows of all warps."""
-    tall = config.block_m >= 2 * 16 * config.num_warps
-    return tall and config.promote is not None and config.promote == config.block_k
-
-
 def plan_persistent(
     operands: Operands, ending: Ending, config: GemmConfig, target: Target
 ) -> tuple[Launch, ...]:
@@ -91,21 +85,19 @@ def plan_persistent(
     assert x is not None
     assert w is not None
     config = tile_by_tma(config, m, n, ending.out.element_size(), target)
-    halves = in_halves(config)
     arguments = (
-        _descriptor(x, config.block_m // 2 if halves else config.block_m, config.block_k),
+        _descriptor(x, config.block_m, config.block_k),
         _descriptor(w, config.block_n, config.block_k),
         *block_scales,
         *ending.pointers,
         *operands.sizes,
         *operands.strides[2:],
         *ending.strides,
-        None if ending.out.is_contiguous() else ending.out.stride(0),
+        ending.out.stride(-2) if ending.out.dim() > 1 else n,
     )
     constants = {
         "PROGRAMS": target.processors,
         "PROMOTE": config.promote,
-        "HALVES": halves,
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "BLOCK_K": config.block_k,
