@@ -66,15 +66,17 @@ class DeviceBench:
 
     def compile(self, candidates: Sequence[GemmConfig]) -> dict[GemmConfig, str]:
         """Compile all of them, one thread for each core; those that cannot be, with the reason."""
-        launches: dict[Any, tuple[GemmConfig, Any]] = {}
+        launches: dict[Any, tuple[GemmConfig, Any, bool]] = {}
+        dependent = self.target.has_dependent_launch
         for config in candidates:
             with self._forced(config):
                 for x in self._inputs:
-                    for launch in self._plan(x, self._weights[0])[1]:
-                        launches.setdefault(launch.variant, (config, launch))
+                    for number, launch in enumerate(self._plan(x, self._weights[0])[1]):
+                        found = (config, launch, dependent and number > 0)
+                        launches.setdefault(launch.variant, found)
         threads = ThreadPoolExecutor(max_workers=os.cpu_count())
         try:
-            jobs = [(c, threads.submit(self._compile, launch)) for c, launch in launches.values()]
+            jobs = [(c, threads.submit(self._compile, *how)) for c, *how in launches.values()]
             errors = [(config, job.exception()) for config, job in jobs]
         finally:
             threads.shutdown(cancel_futures=True)  # of an interrupted search
@@ -116,9 +118,9 @@ class DeviceBench:
         product = self._job.product
         return plan_layer(product.format, product.activation, x, weight, target=self.target)
 
-    def _compile(self, launch: Any) -> None:
+    def _compile(self, launch: Any, dependent: bool) -> None:
         with on_device(self.device):  # every thread has a current device of its own
-            launch.compile(self.target.has_dependent_launch)
+            launch.compile(dependent)
 
 
 def on_device(device: torch.device) -> AbstractContextManager[Any]:

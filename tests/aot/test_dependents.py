@@ -43,10 +43,13 @@ def test_every_kernel_is_looked_at():
 @pytest.mark.aot_cases(CASES)
 def test_it_waits_before_it_reads_or_writes(case: Case, compiled: Compiled):
     assert case.plan().options(dependent=True)["launch_pdl"]
-    assert compiled.ptx.count("griddepcontrol.launch_dependents") == 1
     before, after = compiled.ptx.split("griddepcontrol.wait")
     assert not ACCESS.search(before)
     assert ACCESS.search(after)
+    # A program gives its place away at its end, after the main loop, or by ending.
+    *loop, _ = after.split("griddepcontrol.launch_dependents")
+    assert len(loop) <= 1
+    assert not loop or re.search(r"^\s*@%p\d+ bra", loop[0], re.MULTILINE)
 
 
 def test_older_gpus_have_no_such_instruction():

@@ -47,7 +47,7 @@ BLOCKS = [target for target in QUANTIZING if target.backend == "cuda"]
 hows = st.sampled_from(HOWS)
 every_how = pytest.mark.parametrize("how", HOWS)
 tokens = st.sampled_from([(1,), (2,), (16,), (2, 5), (1, 1, 3)])
-inner = st.sampled_from([1, 40, 128, 130, 256, 300, 1100])
+inner = st.sampled_from([1, 40, 128, 130, 256, 300, 1000])
 
 
 def names(planned: tuple) -> list[str]:
@@ -118,18 +118,9 @@ def test_more_rows_with_one_scale(device, target, dtype, m):
     assert_same_bits(fused("static", *operands, target), in_two("static", *operands, target))
 
 
-@pytest.mark.parametrize(
-    "target", [t for t in QUANTIZING if t.casts_fp8_once], ids=lambda target: target.name
-)
-def test_64_rows_with_one_scale(device, target):
-    draw = Draw(device, 64)
-    operands = (draw.normal(64, 300, dtype=BF16), draw.e4m3(140, 300), draw.scale(140), None)
-    assert_same_bits(fused("static", *operands, target), in_two("static", *operands, target))
-
-
 @every_target
 @every_how
-@pytest.mark.parametrize("k", [1024, 1300])
+@pytest.mark.parametrize("k", [1024, 990])
 def test_split_k(device, target, how, k):
     # Two columns of tiles and several parts of K, which the last program of a tile adds.
     draw, target = Draw(device, k), few_processors(target)
@@ -210,7 +201,7 @@ def test_a_fused_group_equals_its_members_to_the_bit(device, how):
     target, draw = replace(SM_90, processors=2), Draw(device, 7)
     if not interpreting():
         pytest.skip("plans for another number of processors than the device has")
-    x, weight, scale = draw.normal(5, 1100, dtype=BF16), draw.e4m3(512, 1100), draw.scale(512)
+    x, weight, scale = draw.normal(5, 1000, dtype=BF16), draw.e4m3(512, 1000), draw.scale(512)
     whole = fused(how, x, weight, scale, None, target)
     for rows in (slice(0, 128), slice(128, 512)):
         if how == "block":

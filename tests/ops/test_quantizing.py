@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mokernels.ops.configs import M_BUCKETS, Kind, choose
 from mokernels.ops.quantizing import (
-    STATIC_ROWS_ENCODED_BY_BITS,
     STATIC_ROWS_IN_GEMM,
     TOKEN_K_IN_GEMM,
     TOKEN_ROWS_IN_GEMM,
@@ -41,16 +42,10 @@ def answer(
     return quantizes_in_gemm(how, m, k, x_bytes, config, target)
 
 
-@pytest.mark.parametrize("target", [SM_90, SM_100, SM_120], ids=lambda target: target.name)
+@pytest.mark.parametrize("target", [SM_89, SM_90, SM_100, SM_120, GFX950], ids=lambda t: t.name)
 def test_few_rows_are_quantized_in_the_gemm(target):
-    assert [m for m in range(1, 100) if answer(target, "static", m)] == [*range(1, 65)]
-    assert [m for m in range(1, 100) if answer(target, "token", m)] == [*range(1, 17)]
-
-
-@pytest.mark.parametrize("target", [SM_89, GFX950], ids=lambda target: target.name)
-def test_fewer_where_codes_are_encoded_by_bits(target):
     assert [m for m in range(1, 100) if answer(target, "static", m)] == [*range(1, 33)]
-    assert [m for m in range(1, 100) if answer(target, "token", m)] == [*range(1, 17)]
+    assert [m for m in range(1, 100) if answer(target, "token", m, k=1024)] == [*range(1, 17)]
 
 
 def test_long_rows_are_not_read_twice_by_every_program():
@@ -60,9 +55,10 @@ def test_long_rows_are_not_read_twice_by_every_program():
 
 
 def test_fp32_activations_that_do_not_fit_are_quantized_before():
+    small = replace(SM_120, shared_memory=64 * 1024)
     assert answer(SM_120, "static", 32, x_bytes=FP32)
-    assert not answer(SM_120, "static", 64, x_bytes=FP32)
-    assert answer(SM_90, "static", 64, x_bytes=FP32)
+    assert not answer(small, "static", 32, x_bytes=FP32)
+    assert answer(small, "static", 16)
 
 
 @pytest.mark.parametrize("target", [SM_80, GFX942], ids=lambda target: target.name)
@@ -85,7 +81,7 @@ def test_only_the_bucket_of_rows_matters_and_no_columns(target, how, m, k, x_byt
 
 
 def test_limits_are_ends_of_buckets():
-    limits = {STATIC_ROWS_IN_GEMM, STATIC_ROWS_ENCODED_BY_BITS, TOKEN_ROWS_IN_GEMM}
+    limits = {STATIC_ROWS_IN_GEMM, TOKEN_ROWS_IN_GEMM}
     assert limits <= set(M_BUCKETS)
 
 

@@ -31,7 +31,8 @@ def compiled(monkeypatch) -> list[Launch]:
     lock = threading.Lock()
 
     def compile(launch: Launch, dependent: bool) -> None:
-        assert dependent == SM_90.has_dependent_launch
+        quantizes = launch.kernel.__name__.startswith("quantize")
+        assert not (quantizes and dependent)  # an operator's first launch is not
         with lock:
             found.append(launch)
         few = launch.constants.get("BLOCK_M") == FEW.candidates[0].block_m

@@ -9,7 +9,7 @@ that neither the choice nor who comes last changes a bit.
 import triton
 import triton.language as tl
 
-from mokernels.ops.kernels.dependents import wait_for_inputs
+from mokernels.ops.kernels.dependents import let_the_next_begin, wait_for_inputs
 from mokernels.ops.kernels.tiles import (
     indices,
     no_parts,
@@ -47,6 +47,7 @@ def finish(
     With SPLIT "parts" ``out`` is the fp32 workspace of partial sums [splits, M, N]; with "last" it
     is (out, workspace, counters), int32 zeros for every tile, which are zeros again at the end.
     """
+    let_the_next_begin()
     if SPLIT == "parts":
         store_partial(acc, rm, rn, M, N, out)
     elif SPLIT == "last":

@@ -22,7 +22,7 @@ from mokernels.ops.kernels.quantize import (
 )
 from mokernels.ops.launch.plan import Launch
 from mokernels.ops.quantize_configs import block_tile, row_tile
-from mokernels.ops.target import Target, has_dependent_launch, target_of
+from mokernels.ops.target import Target, target_of
 
 Outputs = TypeVar("Outputs")
 Launches = tuple[Launch, ...]
@@ -378,12 +378,12 @@ def _bytes(x: Tensor, shape: tuple[int, ...]) -> Tensor:
 def run(x: Tensor, planned: tuple[Outputs, Launches]) -> Outputs:
     """Run what is planned where x lives."""
     outputs, launches = planned
-    device, dependent = x.device, has_dependent_launch(x.device)
+    device = x.device
     if device.type == "cpu" or device.index == torch.get_device_module(device).current_device():
         for launch in launches:
-            launch.run(dependent)
+            launch.run()
         return outputs
     with torch.get_device_module(device).device(device):
         for launch in launches:
-            launch.run(dependent)
+            launch.run()
     return outputs
