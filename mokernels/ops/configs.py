@@ -26,10 +26,10 @@ depends on addresses and strides, which may not change a bit: :func:`choose_with
 what takes its place, with the same order.
 
 Many rows by an NVFP4 or MXFP8 weight that the target's matrix units cannot scale go by TMA too,
-once the weight is decoded (``decodes_first``). K is never split there, and its step is another one:
-the order is not that of fewer rows, even where the bits may be. So batch-invariant launches, which
-have one order for every M, decode the weight in the product. Activations that TMA cannot read are
-copied, which changes no bit.
+once the weight is decoded (``decodes_first``), if there are tiles enough for half of the
+processors. K is never split there, and its step is another one: the order is not that of fewer
+rows, even where the bits may be. So batch-invariant launches, which have one order for every M,
+decode the weight in the product. Activations that TMA cannot read are copied, which changes no bit.
 """
 
 from __future__ import annotations
@@ -158,7 +158,7 @@ def _choose(kind: Kind, m: int, n: int, k: int, target: Target, tma: bool = True
     rows = rows_of(kind, target, tma)
     config = next((row for end, row in rows if m <= end), rows[-1][1])
     if decodes_first(config, kind):
-        return config
+        return config if _fills_half(m, n, target) else _choose(kind, m, n, k, target, False)
     split_k = _split(config, kind, m, n, k, target)
     if config.tma and split_k > 1:
         return _choose(kind, m, n, k, target, False)
@@ -208,6 +208,14 @@ def _programs_per_processor(kind: Kind, m: int, target: Target) -> float:
     if decodes and m <= M_BUCKETS[0] and generation(target) == "wgmma":
         return DECODERS_PER_PROCESSOR
     return FEW_ROWS_PER_PROCESSOR if m <= 64 else 1.0
+
+
+def _fills_half(m: int, n: int, target: Target) -> bool:
+    """Whether tiles of 128x128 are enough for half of the processors, each over the whole of K.
+
+    With fewer, a weight that is decoded first is slower than one of which programs share K.
+    """
+    return 2 * ceil_div(m, 128) * ceil_div(n, 128) >= target.processors
 
 
 def _distinct(rows: Rows) -> Iterator[GemmConfig]:

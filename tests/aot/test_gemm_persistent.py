@@ -19,9 +19,9 @@ from mokernels.ops.configs import GemmConfig, Kind, all_configs
 from mokernels.ops.launch import decode, gemm
 from mokernels.ops.launch.plan import Launch
 from mokernels.ops.target import CUDA_TARGETS, SM_90, SM_100, Target
-from tests.aot.test_gemm import BF16, FP8, FP32, GemmCase, additions_of, empty, only
+from tests.aot.test_gemm import BF16, FP8, FP32, PLANS, GemmCase, additions_of, empty, only
 from tests.support import sass
-from tests.support.aot import Compiled
+from tests.support.aot import Compiled, compile_launch
 
 K = 4096
 COLUMNS = (28672, 5120)
@@ -117,6 +117,18 @@ def test_main_loop(case: GemmCase, compiled: Compiled):
     # that load from pointers: an addition that is left promotes.
     elements = config.block_m * config.block_n // (32 * config.num_warps)
     assert additions_of(loop) == (elements if config.promote else 0), used
+
+
+@pytest.mark.parametrize("kind", DECODED_FIRST, ids=lambda kind: kind.value)
+def test_a_weight_is_decoded_by_wide_accesses(kind):
+    decode_weight, product = PLANS[kind](2048, COLUMNS[0], SM_90)[1]
+    assert product.kernel.__name__ == "gemm_persistent"
+    compiled = compile_launch(decode_weight, SM_90)
+    code = sass.instructions(compiled.sass)
+    assert {i.bits for i in code if i.base == "STG"} == {128}
+    # Codes of NVFP4 come by 8 bytes; block scales by one, as few as they are.
+    assert {i.bits for i in code if i.base == "LDG"} <= {8, 64, 128}
+    sass.assert_no_spills(compiled)
 
 
 def test_wide_and_narrow_tiles_are_compiled():

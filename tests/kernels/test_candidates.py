@@ -41,6 +41,7 @@ CASES = [
     Case("FP8_PB_WO", Activation.FP8_BLOCK, 16, SM_90),
     Case("FP8_PB_WO", Activation.NONE, 128, SM_80),
     Case("NVFP4", Activation.NVFP4, 16, SM_90),
+    Case("NVFP4", Activation.NVFP4, ANY_M, SM_90),
     Case("NVFP4", Activation.NVFP4, 32, SM_100),
     Case("MXFP8", Activation.MXFP8, 64, SM_90),
 ]

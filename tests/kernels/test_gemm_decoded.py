@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from mokernels import numerics
 from mokernels.invariance import batch_invariant
 from mokernels.ops import launch
-from mokernels.ops.config_tables import ANY_M, GemmConfig, decodes_first
+from mokernels.ops.config_tables import ANY_M, GemmConfig
 from mokernels.ops.configs import Kind, choose
 from mokernels.ops.launch import decode, decoded
 from mokernels.ops.launch.decoded import ROWS_OF_PART, WORKSPACE_BYTES, parts_of
@@ -27,11 +27,10 @@ from tests.support.interpreter import interpreting
 MANY = 257
 """Fewest rows that are multiplied so."""
 KINDS = {"nvfp4": Kind.HALF_NVFP4, "mxfp8": Kind.HALF_MXFP8}
-HAVE_IT = [
-    t for t in TARGETS if decodes_first(choose(KINDS["nvfp4"], MANY, 64, 64, t), KINDS["nvfp4"])
-]
+FEW = [replace(target, processors=4) for target in TARGETS]
+HAVE_IT = [t for t in FEW if choose(Kind.HALF_NVFP4, MANY, 64, 64, t).tma]
 pytestmark = pytest.mark.skipif(not HAVE_IT, reason="this GPU decodes in the product")
-TARGET = replace(HAVE_IT[0], processors=4) if HAVE_IT else SM_90
+TARGET = HAVE_IT[0] if HAVE_IT else SM_90
 every_format = pytest.mark.parametrize("name", KINDS)
 
 
@@ -224,6 +223,13 @@ def test_other_products_stay_as_they_are(device):
     assert run(planned).shape == (MANY, 40)
     none = (t[:0] for t in nvfp4[:2])
     assert run(plan(x.new_ones(MANY, 96), "nvfp4", (*none, nvfp4[2]))).shape == (MANY, 0)
+
+
+def test_few_tiles_share_k_between_programs(device):
+    # 4 x 2 tiles of 128 x 128 for 132 programs, or for 4.
+    assert not choose(Kind.HALF_NVFP4, 512, 256, 4096, SM_90).tma
+    assert choose(Kind.HALF_NVFP4, 512, 256, 4096, TARGET).tma
+    assert choose(Kind.HALF_NVFP4, 513, 256, 4096, SM_90).tma
 
 
 @given(st.integers(0, 200_000), st.integers(1, 1 << 21), st.sampled_from([2, 4]))
