@@ -96,7 +96,7 @@ def multiply_blocks(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor) -> T
     kinds = api.ScalingType
     recipes = (kinds.BlockWise1x128, kinds.BlockWise128x128)
     return api.scaled_mm(
-        a, b.t(), scale_a, recipes[0], scale_b, recipes[1], output_dtype=BF16, use_fast_accum=True
+        a, b.t(), scale_a, recipes[0], scale_b, recipes[1], output_dtype=BF16, use_fast_accum=False
     )
 
 
