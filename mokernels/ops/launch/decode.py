@@ -14,7 +14,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from mokernels.ops.configs import Kind
+from mokernels.ops.configs import GemmConfig, Kind
 from mokernels.ops.kernels.gemm_decode import gemm_decode
 from mokernels.ops.launch.gemv import plan_gemv, takes_gemv
 from mokernels.ops.launch.plan import Launch
@@ -199,16 +199,32 @@ def _plan(
 ) -> tuple[Launch, ...]:
     x, w, scale = rows_of(x), weight.codes, weight.scale
     (m, k), n = x.shape, w.shape[0]
-    operands = Operands(
-        (x, w, scale, global_scale_x), (x.stride(0), w.stride(0), scale.stride(0)), (m, n, k)
-    )
+    strides = (x.stride(0), w.stride(0), scale.stride(0))
+    config = choose(kind, m, n, k, target, plan_n, invariant)
+    format: str = weight.format
+    if kind is Kind.HALF_NVFP4 and target.backend == "cuda":
+        format, w = f"nvfp4x{_run(config, target)}", _words(w)
+        strides = (x.stride(0), 4 * w.stride(0), scale.stride(0))
     return plan_product(
         gemm_decode,
-        operands,
+        Operands((x, w, scale, global_scale_x), strides, (m, n, k)),
         ending,
-        choose(kind, m, n, k, target, plan_n, invariant),
-        FORMAT=weight.format,
+        config,
+        FORMAT=format,
         COMPUTE=compute,
         QUANTIZE=quantize,
         CASTS_ONCE=target.casts_fp8_once,
     )
+
+
+def _run(config: GemmConfig, target: Target) -> int:
+    """Neighbours in K that a thread holds of the weight: see RUN in kernels/words.py."""
+    return 2 if config.swap and target.wants_swapped_operands else 8
+
+
+def _words(codes: Tensor) -> Tensor:
+    """Bytes [N, K / 2] as int32 [N, K / 8]; of a copy where rows start between two words."""
+    if (codes.stride(0) | codes.data_ptr()) % 4:
+        # By way of one dimension: a row alone may keep whatever stride it has.
+        codes = codes.reshape(-1).clone().view(codes.shape)
+    return codes.view(torch.int32)
