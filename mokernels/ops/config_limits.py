@@ -47,6 +47,8 @@ def shared_bytes(config: GemmConfig, kind: Kind, target: Target) -> int:
     rows = config.block_m * x_item + config.block_n * w_item
     step = int(config.block_k * (rows + _scale_bytes(config, kind)))
     decoded = config.block_n * config.block_k * x_item if kind.value.startswith("half") else 0
+    if kind is Kind.HALF_NVFP4:
+        decoded = max(decoded, config.block_m * config.block_k * x_item)  # x in its order of K
     copies = config.num_stages - (generation(target) == "mma")
     if config.tma:
         end = 4 * config.block_m * min(config.block_n, NARROW)

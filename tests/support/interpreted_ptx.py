@@ -18,8 +18,8 @@ def emulate(assembly: str, outputs: int) -> Callable[..., tuple[np.ndarray, ...]
     """What a block of PTX computes, on words of 32 bits: $0 and so on are outputs, then inputs.
 
     Args:
-        assembly: instructions that :data:`_WORD_OPERATIONS` lists, moves of constants and to halves,
-            conversions from fp16 to fp32 and of fp32 to pairs; anything else is refused.
+        assembly: instructions that :data:`_WORD_OPERATIONS` lists, unpacking moves and conversions
+            from fp16 to fp32; anything else is refused.
         outputs: how many there are.
     """
     lines = [line.strip(" {}\n") for line in assembly.strip(" {}\n").split(";")]

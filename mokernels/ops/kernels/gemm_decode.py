@@ -187,9 +187,10 @@ def gemm_decode(
 
     FORMAT is "nvfp4" (w bytes [N, K / 2], block_scale E4M3 [N, K / 16]) or "mxfp8" (w E4M3 [N, K],
     block_scale exponents [N, K / 32]). "nvfp4x2" and "nvfp4x8" are "nvfp4" with w as int32 words
-    [N, K / 8], which are decoded in an order of K of their own, words.py says which: for NVIDIA,
-    and COMPUTE of 16 bits. ``stride_w`` counts bytes, which say more about alignment. x is brought to COMPUTE, in which the decoded weight is
-    exact: bf16, fp16 (NVFP4 only) or fp32. scale_x and scale_w are global fp32 scalars or None.
+    [N, K / 8] and an order of K that words.py tells, for NVIDIA and 16 bits: their ``stride_w``
+    still counts bytes, of which the compiler sees that rows are aligned to 16.
+    x is brought to COMPUTE, in which the decoded weight is exact: bf16, fp16 (NVFP4 only) or fp32.
+    scale_x and scale_w are global fp32 scalars or None.
     With QUANTIZE x is one row of floats, M being 1, and each program quantizes what it reads of it
     as quantize_blocks does, to the bit, COMPUTE being bf16. NVFP4 does so by ``global_scale_x``,
     which is None otherwise and is scale_x too.

@@ -218,12 +218,18 @@ def _plan(
 
 
 def _run(config: GemmConfig, target: Target) -> int:
-    """Neighbours in K that a thread holds of the weight: see RUN in kernels/words.py."""
-    return 2 if config.swap and target.wants_swapped_operands else 8
+    """Neighbours in K that a thread holds of the weight: see RUN in kernels/words.py.
+
+    It is one number for a kind and target, or bits would depend on M.
+    """
+    m_side = config.block_n if config.swap else config.block_m
+    return 2 if target.wants_swapped_operands and m_side >= 64 else 8
 
 
 def _words(codes: Tensor) -> Tensor:
     """Bytes [N, K / 2] as int32 [N, K / 8]; of a copy where rows start between two words."""
+    if codes.numel() == 0:
+        return codes.new_empty((codes.shape[0], codes.shape[1] // 4), dtype=torch.int32)
     if (codes.stride(0) | codes.data_ptr()) % 4:
         # By way of one dimension: a row alone may keep whatever stride it has.
         codes = codes.reshape(-1).clone().view(codes.shape)
