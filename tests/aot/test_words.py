@@ -17,10 +17,10 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 ROWS = (2, 32, 64, 2048)
 INTEGER = ("LOP3", "SHF", "PRMT", "IADD3", "LEA", "SEL", "ISETP")
 """Of 64 lanes a clock and processor; multiplications have the floats' unit instead."""
-INTEGER_FOR_A_WEIGHT = {SM_90: 2.0}
-"""With few rows; what permutes x is among them."""
+INTEGER_FOR_A_WEIGHT = 2.0
+"""With few rows on Hopper; what permutes x is among them."""
 INSTRUCTIONS_FOR_A_WEIGHT = 5.5
-"""In a step of one matrix instruction's rows; decoding byte by byte took 8 to 11."""
+"""Of a step, on Hopper; decoding byte by byte took 8 to 10."""
 
 
 def empty(*shape: int, dtype: torch.dtype = FP32) -> torch.Tensor:
@@ -43,10 +43,9 @@ def cases() -> Iterator[Case]:
     for target in CUDA_TARGETS:
         for m in ROWS:
             for dtype in (BF16, FP16):
-                if not (m == 2 and target.has_block_scaled_dot) or dtype == BF16:
-                    name = f"{str(dtype)[6:]}-{m}"
-                    launch = lambda m=m, t=target, d=dtype: product(m, t, d)  # noqa: E731
-                    yield Case("words", target, name, launch)
+                name = f"{str(dtype)[6:]}-{m}"
+                launch = lambda m=m, t=target, d=dtype: product(m, t, d)  # noqa: E731
+                yield Case("words", target, name, launch)
 
 
 CASES = list(cases())
@@ -63,7 +62,8 @@ def test_decoded_weights_stay_in_their_thread(case: Case, compiled: Compiled):
     loop = sass.count(sass.main_loop(compiled))
     weights = weights_of(case.plan())
     assert not loop["SHFL"], loop
-    # An eighth of a weight's bytes is that of x, which wgmma and tcgen05 read from shared memory.
+    # What is stored is x, in its order of K, for wgmma and tcgen05 to read it from shared memory; a
+    # store of decoded weights moves 8 of them at most.
     assert loop["STS"] + loop["STSM"] <= weights / 8, loop
 
 
@@ -75,7 +75,7 @@ def test_instructions_for_a_weight(case: Case, compiled: Compiled):
     if launch.constants["BLOCK_M"] == 16:
         used = sass.count(loop)
         integer = sum(used[opcode] for opcode in INTEGER) / weights
-        assert integer <= INTEGER_FOR_A_WEIGHT[case.target], f"{integer:.2f} of {used}"
+        assert integer <= INTEGER_FOR_A_WEIGHT, f"{integer:.2f} of {used}"
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)

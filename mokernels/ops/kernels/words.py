@@ -7,10 +7,10 @@ word, which are 16 bits apart: both are moved, and then scaled, by one instructi
 takes up to 4 neighbouring words, the 16 bytes of one load: no code changes the thread that loads
 it, and nothing decoded passes through shared memory, unless the instruction reads it from there.
 
-A step of K is thus counted in spans of 4 threads by W words by 8 codes. x is read as
-[spans, words, threads, codes]: whole groups of 8 move, so that loads stay wide, and lie in shared
-memory as four threads read them. Then :func:`paired` brings the codes of a word, and with RUN = 2
-the threads too, into their places.
+A step of K is thus counted in spans of 4 threads by W words by 8 codes. x is read in the order
+[spans, words, threads, codes]: whole groups of 8 move, so that loads stay wide, and those that
+four threads read at once are neighbours in shared memory, or they would want the same banks. Then
+:func:`paired` brings the codes of a word, and with RUN = 2 the threads too, into their places.
 
 RUN is the number of neighbours in K that a thread holds in the operand: wgmma, with the weight in
 registers, has 2; for mma.sync Triton chooses 8, since that is what one loaded word becomes.

@@ -220,7 +220,8 @@ def _plan(
 def _run(config: GemmConfig, target: Target) -> int:
     """Neighbours in K that a thread holds of the weight: see RUN in kernels/words.py.
 
-    It is one number for a kind and target, or bits would depend on M.
+    It goes with the matrix instruction, which is one for a kind and target, but for few rows on
+    Hopper: wgmma and tcgen05 have at least 64 rows on their M side.
     """
     m_side = config.block_n if config.swap else config.block_m
     return 2 if target.wants_swapped_operands and m_side >= 64 else 8
