@@ -8,7 +8,7 @@ reaches a sum as long as the matrix instruction stays the same one, which is wha
 :func:`objection` sees to for each generation:
 
 - Hopper multiplies by wgmma where the M side of a tile has 64 rows and the warps come in fours; a
-  smaller tile goes to an instruction for 16-bit operands.
+  smaller tile goes to mma.sync, an instruction for 16-bit operands.
 - Datacenter Blackwell has one instruction for an M side of 64 rows and one for 128.
 - AMD's compiler takes 32x32 instructions where both sides have 32 rows, and else 16x16, whose steps
   along K are twice as long.
@@ -96,6 +96,8 @@ def instruction_rows(config: GemmConfig, kind: Kind, target: Target) -> int:
         return 16 if m_side >= 16 else 0
     if made == "mfma":
         return 32 if min(m_side, n_side) >= 32 else 16
+    if made == "wgmma" and 16 <= m_side < 64:
+        return 16
     if config.num_warps % 4 or m_side < 64:
         return 0
     if made == "tcgen05":

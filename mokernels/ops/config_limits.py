@@ -70,6 +70,8 @@ def shared_bytes(config: GemmConfig, kind: Kind, target: Target) -> int:
     rows = config.block_m * x_item + config.block_n * w_item
     step = int(config.block_k * (rows + scales))
     decoded = config.block_n * config.block_k * x_item if kind.value.startswith("half") else 0
+    if kind is Kind.HALF_NVFP4:
+        decoded = max(decoded, config.block_m * config.block_k * x_item)  # x in its order of K
     copies = config.num_stages - (generation(target) == "mma")
     if config.tma:
         end = 4 * config.block_m * config.block_n if is_narrow(config) else 2 * NARROW

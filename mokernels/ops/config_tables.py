@@ -130,12 +130,13 @@ def generation(target: Target) -> Generation:
     return "wgmma" if target.promotes_accumulator else "tcgen05"
 
 
-def rows_of(kind: Kind, target: Target, tma: bool = True) -> Rows:
+def rows_of(kind: Kind, target: Target, tma: bool = True, invariant: bool = False) -> Rows:
     """The configurations of a kind on a target by the bucket of M; none where it does not exist.
 
-    ``tma`` is False for operands that TMA cannot read.
+    ``tma`` is False for operands that TMA cannot read; ``invariant`` leaves out what adds otherwise
+    than the other rows do.
     """
-    rows = _rows_of(kind, target, tma)
+    rows = _rows_of(kind, target, tma, invariant)
     if target.backend == "cuda":
         return rows
     # On AMD a barrier does not wait for other waves' stores to reach the L2 cache, and one wave's
@@ -144,7 +145,7 @@ def rows_of(kind: Kind, target: Target, tma: bool = True) -> Rows:
     return tuple((end, replace(config, one_launch=False)) for end, config in rows)
 
 
-def _rows_of(kind: Kind, target: Target, tma: bool) -> Rows:
+def _rows_of(kind: Kind, target: Target, tma: bool, invariant: bool) -> Rows:
     lacks_scaled = kind in (Kind.NVFP4, Kind.MXFP8) and not target.has_block_scaled_dot
     if lacks_scaled or (kind is Kind.FP8_FAST and not target.promotes_accumulator):
         return ()
@@ -155,6 +156,8 @@ def _rows_of(kind: Kind, target: Target, tma: bool) -> Rows:
     table = _table(kind, target)
     rows = _TABLES[table][kind]
     by_tma = _BY_TMA.get((table, kind), ()) if tma else ()
+    by_warps = () if invariant else _BY_WARPS.get((table, kind), ())
+    rows = by_warps + rows[len(by_warps) :]
     return _up_to(by_tma[0][0] // 2, rows) + by_tma if by_tma else rows
 
 
@@ -379,5 +382,18 @@ _BY_TMA: Mapping[tuple[Table, Kind], Rows] = MappingProxyType(
         ("wgmma", Kind.FP8_FAST): (_by_tma(512, 128, 128, 5), _by_tma(ANY_M, 128, 256, 3)),
         ("wgmma", Kind.HALF_NVFP4): _WGMMA_DECODED,
         ("wgmma", Kind.HALF_MXFP8): _WGMMA_DECODED,
+    }
+)
+
+# Few rows that need not add as many do: x is the M side of mma.sync, which every warp issues for
+# itself, and a decoded weight goes from registers into it without a wait for other warps. Rows take
+# the place of as many of those above. A warp has 32 rows of the weight, so that x, which each
+# program reads and each warp permutes, costs little beside them.
+_BY_WARPS: Mapping[tuple[Table, Kind], Rows] = MappingProxyType(
+    {
+        ("wgmma", Kind.HALF_NVFP4): (
+            _row(16, 16, 128, 128, 4, 4),
+            _row(32, 32, 128, 128, 4, 4),
+        ),
     }
 )

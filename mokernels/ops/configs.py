@@ -18,8 +18,10 @@ changes no bit either.
 
 ``split_k`` is a function of N, K, the bucket of M and the number of processors. N is ``plan_n``,
 the N of the fused group, so that a member of a group that is run alone adds as the group does.
-Inside :func:`mokernels.batch_invariant` it is that of one row for every M. Many rows then add their
-parts of K ``serial``, to the same bits: a workspace of partial sums would grow with M.
+Few rows by an NVFP4 weight are multiplied by another instruction than many on Hopper, in an order
+of K that suits it. Inside :func:`mokernels.batch_invariant` they are not, and ``split_k`` is that
+of one row for every M. Many rows then add their parts of K ``serial``, to the same bits: a
+workspace of partial sums would grow with M.
 
 Many rows of FP8 by FP8 are multiplied by TMA, if K is not split. Whether TMA can read the operands
 depends on addresses and strides, which may not change a bit: :func:`choose_without_tma` returns
@@ -35,16 +37,16 @@ decode the weight in the product. Activations that TMA cannot read are copied, w
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import cache
+from itertools import product
 
 from mokernels.ops.config_tables import (
     ANY_M,
     DECODED_FIRST,
     GemmConfig,
     Kind,
-    Rows,
     ceil_div,
     decodes_first,
     generation,
@@ -140,7 +142,13 @@ def bucket(m: int) -> int:
 def all_configs(target: Target) -> dict[Kind, tuple[GemmConfig, ...]]:
     """Everything that :func:`choose` can return for a target, before it sets the split."""
     kinds = {
-        kind: tuple(_distinct((*rows_of(kind, target), *rows_of(kind, target, tma=False))))
+        kind: tuple(
+            _distinct(
+                row
+                for tma, invariant in product((True, False), (False, True))
+                for row in rows_of(kind, target, tma, invariant)
+            )
+        )
         for kind in Kind
     }
     return {kind: configs for kind, configs in kinds.items() if configs}
@@ -154,14 +162,26 @@ def kind_of_fp8(target: Target, block_scales: bool, fast_accum: bool) -> Kind:
 
 
 @cache
-def _choose(kind: Kind, m: int, n: int, k: int, target: Target, tma: bool = True) -> GemmConfig:
-    rows = rows_of(kind, target, tma)
+def _choose(
+    kind: Kind,
+    m: int,
+    n: int,
+    k: int,
+    target: Target,
+    tma: bool = True,
+    invariant: bool = False,
+) -> GemmConfig:
+    rows = rows_of(kind, target, tma, invariant)
     config = next((row for end, row in rows if m <= end), rows[-1][1])
     if decodes_first(config, kind):
-        return config if _fills_half(m, n, target) else _choose(kind, m, n, k, target, False)
+        return (
+            config
+            if _fills_half(m, n, target)
+            else _choose(kind, m, n, k, target, False, invariant)
+        )
     split_k = _split(config, kind, m, n, k, target)
     if config.tma and split_k > 1:
-        return _choose(kind, m, n, k, target, False)
+        return _choose(kind, m, n, k, target, False, invariant)
     return replace(config, split_k=split_k)
 
 
@@ -169,12 +189,12 @@ def _choose(kind: Kind, m: int, n: int, k: int, target: Target, tma: bool = True
 def _choose_invariant(
     kind: Kind, m: int, n: int, k: int, target: Target, tma: bool = True
 ) -> GemmConfig:
-    split_k = _choose(kind, M_BUCKETS[0], n, k, target).split_k
+    split_k = _choose(kind, M_BUCKETS[0], n, k, target, invariant=True).split_k
     serial = m > PARALLEL_ROWS and split_k > 1
     if serial:
         m = min(m, serial_bucket(kind, target))
     tma = tma and split_k == 1 and kind not in DECODED_FIRST
-    config = _choose(kind, m, n, k, target, tma)
+    config = _choose(kind, m, n, k, target, tma, True)
     return replace(config, split_k=split_k, serial=serial)
 
 
@@ -218,7 +238,7 @@ def _fills_half(m: int, n: int, target: Target) -> bool:
     return 2 * ceil_div(m, 128) * ceil_div(n, 128) >= target.processors
 
 
-def _distinct(rows: Rows) -> Iterator[GemmConfig]:
+def _distinct(rows: Iterable[tuple[int, GemmConfig]]) -> Iterator[GemmConfig]:
     seen = set()
     for _, config in rows:
         if config not in seen:

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mokernels.ops.candidates import instruction_rows
 from mokernels.ops.config_limits import config_ok, narrowed, shared_bytes
 from mokernels.ops.config_tables import DECODED_FIRST, LAST_PROGRAM_BYTES, decodes_first
 from mokernels.ops.configs import (
@@ -37,6 +38,8 @@ from mokernels.ops.target import (
 
 TARGETS = (*CUDA_TARGETS, *HIP_TARGETS, Target("xpu", "xpu", 128, 64 * 1024))
 CHOICES = [(target, kind) for target in TARGETS for kind in all_configs(target)]
+BY_WARPS = (SM_90, Kind.HALF_NVFP4)
+"""Where few rows are multiplied by an instruction that only one warp takes part in."""
 MATRIX_CHOICES = [choice for choice in CHOICES if choice[1] is not Kind.GEMV_NVFP4]
 
 targets_and_kinds = st.sampled_from(CHOICES)
@@ -157,8 +160,18 @@ def test_no_partial_sum_is_left_over():
 @pytest.mark.parametrize("target", [SM_90, SM_100], ids=name)
 def test_few_rows_are_the_n_side_where_the_m_side_has_64(target):
     for kind in all_configs(target):
-        config = choose(kind, 1, 4096, 4096, target)
+        config = choose(kind, 1, 4096, 4096, target, invariant=True)
         assert config.swap == (kind not in (Kind.FP32, Kind.GEMV_NVFP4)), kind
+
+
+def test_few_rows_by_nvfp4_are_multiplied_by_single_warps_on_hopper():
+    target, kind = BY_WARPS
+    for m in EVERY_BUCKET:
+        usual = choose(kind, m, 28672, 4096, target)
+        invariant = choose(kind, m, 28672, 4096, target, invariant=True)
+        by_warps = instruction_rows(usual, kind, target) == 16
+        assert by_warps == (m <= 32)
+        assert instruction_rows(invariant, kind, target) == 64
 
 
 @pytest.mark.parametrize("target", [SM_80, SM_89, SM_120, *HIP_TARGETS], ids=name)
@@ -318,7 +331,9 @@ def test_an_invariant_order_is_that_of_one_row(target, kind):
     orders = set()
     for n in (1, 64, 1024, 4096, 14336, 128_256):
         for k in (0, 31, 512, 1024, 33 * 128, 4096, 14336):
-            alone = choose(kind, 1, n, k, target).order
+            alone = choose(kind, 1, n, k, target, invariant=True).order
+            # But where few rows have an instruction of their own, that is also the default's.
+            assert (target, kind) == BY_WARPS or choose(kind, 1, n, k, target).order == alone
             batches = {choose(kind, m, n, k, target, invariant=True).order for m in EVERY_BUCKET}
             assert batches == {alone}, (n, k)
             orders |= {choose(kind, m, n, k, target).order == alone for m in EVERY_BUCKET}
@@ -332,9 +347,10 @@ def test_an_invariant_choice_changes_the_split_alone(choice, m, n, group_n, k, c
     target = replace(target, processors=count)
     config = choose(kind, m, n, k, target, invariant=True)
     usual = choose(kind, m, n, k, target)
+    by_warps = (choice[0], kind) == BY_WARPS and m <= 32
     if decodes_first(usual, kind):
         usual = choose_without_tma(kind, m, n, k, target)
-    if config.split != "serial":
+    if config.split != "serial" and not by_warps:
         assert config == replace(usual, split_k=config.split_k)
     assert replace(config, split_k=1, serial=False) in all_configs(target)[kind]
     assert (config.split == "serial") == (m > PARALLEL_ROWS and config.split_k > 1)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
 import numpy as np
+import torch
 
 from tests.support.interpreted_dots import model_of
 
@@ -50,6 +51,41 @@ def _step(operation: str, operands: str, registers: Registers) -> None:
         raise NotImplementedError(f"no model of the PTX instruction {operation}")
 
 
+def _pair(low: np.ndarray, high: np.ndarray, dtype: torch.dtype) -> np.ndarray:
+    """Words of two numbers of 16 bits, each rounded once from fp32."""
+    rounded = [torch.from_numpy(np.ascontiguousarray(v)).to(dtype) for v in (low, high)]
+    bits = [v.view(torch.int16).numpy().view(np.uint16).astype(np.uint32) for v in rounded]
+    return bits[0] | bits[1] << np.uint32(16)
+
+
+def _fma_of_pairs(dtype: torch.dtype) -> Callable[..., np.ndarray]:
+    """A * b + c of the numbers in words; a product of two of them is exact in fp64."""
+
+    def fma(*words: np.ndarray) -> np.ndarray:
+        halves = []
+        for shift in (0, 16):
+            bits = [(w >> np.uint32(shift) & np.uint32(0xFFFF)).astype(np.uint16) for w in words]
+            a, b, c = (_from_bits(v, dtype) for v in bits)
+            halves.append((a * b + c).astype(np.float32))
+        return _pair(*halves, dtype)
+
+    return fma
+
+
+def _from_bits(bits: np.ndarray, dtype: torch.dtype) -> np.ndarray:
+    """Numbers of 16 bits in fp64."""
+    return torch.from_numpy(np.atleast_1d(bits).view(np.int16)).view(dtype).double().numpy()
+
+
+def _pair_of(dtype: torch.dtype) -> Callable[..., np.ndarray]:
+    """What cvt makes of two fp32 numbers: the first one is the high half."""
+
+    def convert(high: np.ndarray, low: np.ndarray) -> np.ndarray:
+        return _pair(low.view(np.float32), high.view(np.float32), dtype)
+
+    return convert
+
+
 def _lop3(a: np.ndarray, b: np.ndarray, c: np.ndarray, table: np.uint32) -> np.ndarray:
     """Bit 4 a + 2 b + c of the table, for each bit of the operands."""
     result = np.zeros_like(a)
@@ -76,6 +112,12 @@ def _prmt(a: np.ndarray, b: np.ndarray, selector: np.uint32) -> np.ndarray:
 
 _WORD_OPERATIONS: Mapping[str, Callable[..., np.ndarray]] = MappingProxyType(
     {
+        "mov.b32": lambda a: a,
+        "mul.lo.u32": lambda a, b: a * b,
+        "fma.rn.bf16x2": _fma_of_pairs(torch.bfloat16),
+        "fma.rn.f16x2": _fma_of_pairs(torch.float16),
+        "cvt.rn.bf16x2.f32": _pair_of(torch.bfloat16),
+        "cvt.rn.f16x2.f32": _pair_of(torch.float16),
         "and.b32": lambda a, b: a & b,
         "shl.b32": lambda a, b: a << b,
         "shr.u32": lambda a, b: a >> b,
@@ -88,5 +130,13 @@ _WORD_OPERATIONS: Mapping[str, Callable[..., np.ndarray]] = MappingProxyType(
 def register_kernels() -> None:
     """Models of the assembly in mokernels' kernels."""
     from mokernels.ops.kernels.gemv import DECODE_WORD
+    from mokernels.ops.kernels.words import BF16_PAIRS, BF16_TWICE, FP16_PAIRS, FP16_TWICE
 
-    model_of(DECODE_WORD.value)(emulate(DECODE_WORD.value, outputs=8))
+    for block, outputs in (
+        (DECODE_WORD, 8),
+        (BF16_PAIRS, 4),
+        (FP16_PAIRS, 4),
+        (BF16_TWICE, 1),
+        (FP16_TWICE, 1),
+    ):
+        model_of(block.value)(emulate(block.value, outputs))

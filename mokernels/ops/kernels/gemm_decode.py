@@ -12,6 +12,7 @@ from mokernels.ops.kernels.tiles import (
     by_rows,
     indices,
     load_activations,
+    load_columns,
     load_weights,
     multiply,
     new_accumulator,
@@ -22,6 +23,7 @@ from mokernels.ops.kernels.tiles import (
     tile_of_program,
     weight_rows,
 )
+from mokernels.ops.kernels.words import by_words, decode_words, paired, word_columns
 
 
 @triton.jit
@@ -111,11 +113,14 @@ def sum_of_part(
     BLOCK_K: tl.constexpr,
 ):
     """The accumulator of one part of K; with QUANTIZE x is read as one row, else by ``x_rows``."""
-    PACKED: tl.constexpr = 2 if FORMAT == "nvfp4" else 1
-    GROUP: tl.constexpr = 16 if FORMAT == "nvfp4" else 32
+    WORDS: tl.constexpr = FORMAT == "nvfp4x2" or FORMAT == "nvfp4x8"
+    RUN: tl.constexpr = 2 if FORMAT == "nvfp4x2" else 8
+    PACKED: tl.constexpr = 1 if FORMAT == "mxfp8" else 8 if WORDS else 2
+    GROUP: tl.constexpr = 32 if FORMAT == "mxfp8" else 16
     start, stop = split_bounds(part, K, blocks_per_split, BLOCK_K)
     acc = new_accumulator(BLOCK_M, BLOCK_N, SWAP)
     if QUANTIZE:
+        ELEMENTS: tl.constexpr = "mxfp8" if FORMAT == "mxfp8" else "nvfp4"
         HAS_TYPE: tl.constexpr = (
             w_rows if FORMAT == "mxfp8" else s_rows
         ).dtype.element_ty != tl.uint8
@@ -123,20 +128,27 @@ def sum_of_part(
     for k in range(start, stop, BLOCK_K):
         if QUANTIZE:
             x_tile = quantized_row(
-                row, global_scale_x, FORMAT, GROUP, CASTS_ONCE, HAS_TYPE, COMPUTE, BLOCK_M
+                row, global_scale_x, ELEMENTS, GROUP, CASTS_ONCE, HAS_TYPE, COMPUTE, BLOCK_M
             )
+            if WORDS:
+                x_tile = by_words(x_tile)
             # Too few bytes for a thread to be copied asynchronously: loaded a step ahead instead.
             row = load_row(x, k + BLOCK_K, BLOCK_K, K)
+        elif WORDS:
+            x_tile = load_columns(x_rows, in_m, k + word_columns(BLOCK_K), K, EVEN_K).to(COMPUTE)
         else:
             x_tile = load_activations(x_rows, in_m, k, BLOCK_K, K, EVEN_K).to(COMPUTE)
         codes = load_weights(w_rows, k // PACKED, BLOCK_K // PACKED, K // PACKED, EVEN_K)
         scale = load_weights(s_rows, k // GROUP, BLOCK_K // GROUP, K // GROUP, EVEN_K)
-        if FORMAT == "nvfp4":
+        if WORDS:
+            x_tile = paired(x_tile, RUN)
+            w_tile = decode_words(codes, scale, COMPUTE, RUN)
+        elif FORMAT == "nvfp4":
             w_tile = decode_nvfp4(codes, scale, COMPUTE)
         else:
             w_tile = decode_mxfp8(codes, scale, COMPUTE)
         acc = multiply(x_tile, w_tile, acc, SWAP, None)
-    if FORMAT == "nvfp4":
+    if FORMAT != "mxfp8":
         acc = acc * (256.0 if COMPUTE == tl.float16 else 512.0)
     return acc
 
@@ -175,8 +187,11 @@ def gemm_decode(
     """Out [M, N] = (x [M, K] @ decode(w, block_scale) [N, K].T) * scale_x * scale_w + bias [N].
 
     FORMAT is "nvfp4" (w bytes [N, K / 2], block_scale E4M3 [N, K / 16]) or "mxfp8" (w E4M3 [N, K],
-    block_scale exponents [N, K / 32]). x is brought to COMPUTE, in which the decoded weight is
-    exact: bf16, fp16 (NVFP4 only) or fp32. scale_x and scale_w are global fp32 scalars or None.
+    block_scale exponents [N, K / 32]). "nvfp4x2" and "nvfp4x8" are "nvfp4" with w as int32 words
+    [N, K / 8] and an order of K that words.py tells, for NVIDIA and 16 bits: their ``stride_w``
+    still counts bytes, of which the compiler sees that rows are aligned to 16.
+    x is brought to COMPUTE, in which the decoded weight is exact: bf16, fp16 (NVFP4 only) or fp32.
+    scale_x and scale_w are global fp32 scalars or None.
     With QUANTIZE x is one row of floats, M being 1, and each program quantizes what it reads of it
     as quantize_blocks does, to the bit, COMPUTE being bf16. NVFP4 does so by ``global_scale_x``,
     which is None otherwise and is scale_x too.
@@ -187,6 +202,8 @@ def gemm_decode(
     rm = indices(tile_m, BLOCK_M)
     rn = indices(tile_n, BLOCK_N)
     x_rows = row_pointers(x, rm, stride_x)
+    if FORMAT == "nvfp4x2" or FORMAT == "nvfp4x8":
+        stride_w = stride_w // 4
     w_rows = weight_rows(w, rn, N, stride_w)
     s_rows = weight_rows(block_scale, rn, N, stride_block_scale)
     if SPLIT == "serial":

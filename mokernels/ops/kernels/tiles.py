@@ -61,7 +61,13 @@ def weight_rows(w, rn, N, stride):
 @triton.jit
 def load_activations(rows, in_m, offset, COLUMNS: tl.constexpr, limit, EVEN_K: tl.constexpr):
     """[BLOCK_M, COLUMNS] items of x from column ``offset`` on; 0 beyond M and beyond ``limit``."""
-    columns = offset + tl.arange(0, COLUMNS)[None, :]
+    return load_columns(rows, in_m, offset + tl.arange(0, COLUMNS), limit, EVEN_K)
+
+
+@triton.jit
+def load_columns(rows, in_m, columns, limit, EVEN_K: tl.constexpr):
+    """[BLOCK_M, C] items of x at ``columns`` [C]; 0 beyond M and beyond ``limit``."""
+    columns = columns[None, :]
     if EVEN_K:
         tile = tl.load(rows + columns, mask=in_m[:, None], other=0.0)
     else:

@@ -16,7 +16,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from mokernels.ops.configs import Kind, choose_without_tma
+from mokernels.ops.configs import GemmConfig, Kind, choose_without_tma
 from mokernels.ops.kernels.gemm_decode import gemm_decode
 from mokernels.ops.launch.decoded import plan_decoded
 from mokernels.ops.launch.gemv import plan_gemv, takes_gemv
@@ -208,16 +208,38 @@ def _plan(
         if planned is not None:
             return planned
         config = choose_without_tma(kind, m, n, k, target, plan_n, invariant)
-    operands = Operands(
-        (x, w, scale, global_scale_x), (x.stride(0), w.stride(0), scale.stride(0)), (m, n, k)
-    )
+    strides = (x.stride(0), w.stride(0), scale.stride(0))
+    format: str = weight.format
+    if kind is Kind.HALF_NVFP4 and target.backend == "cuda":
+        format, w = f"nvfp4x{_run(config, target)}", _words(w)
+        strides = (x.stride(0), 4 * w.stride(0), scale.stride(0))
     return plan_product(
         gemm_decode,
-        operands,
+        Operands((x, w, scale, global_scale_x), strides, (m, n, k)),
         ending,
         config,
-        FORMAT=weight.format,
+        FORMAT=format,
         COMPUTE=compute,
         QUANTIZE=quantize,
         CASTS_ONCE=target.casts_fp8_once,
     )
+
+
+def _run(config: GemmConfig, target: Target) -> int:
+    """Neighbours in K that a thread holds of the weight: see RUN in kernels/words.py.
+
+    It goes with the matrix instruction, which is one for a kind and target, but for few rows on
+    Hopper: wgmma and tcgen05 have at least 64 rows on their M side.
+    """
+    m_side = config.block_n if config.swap else config.block_m
+    return 2 if target.wants_swapped_operands and m_side >= 64 else 8
+
+
+def _words(codes: Tensor) -> Tensor:
+    """Bytes [N, K / 2] as int32 [N, K / 8]; of a copy where rows start between two words."""
+    if codes.numel() == 0:
+        return codes.new_empty((codes.shape[0], codes.shape[1] // 4), dtype=torch.int32)
+    if (codes.stride(0) | codes.data_ptr()) % 4:
+        # By way of one dimension: a row alone may keep whatever stride it has.
+        codes = codes.reshape(-1).clone().view(codes.shape)
+    return codes.view(torch.int32)
