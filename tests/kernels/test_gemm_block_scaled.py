@@ -196,7 +196,7 @@ def test_an_mxfp8_exponent_of_nan_reaches_its_row(device, target):
 @pytest.mark.parametrize("quantized", [False, True], ids=["weight-only", "both"])
 def test_a_fused_nvfp4_group_equals_its_members_to_the_bit(device, target, quantized):
     target, draw = few_processors(target), Draw(device, 3)
-    m, members = 5, (128, 256, 128)
+    m, members = 5, (128, 384, 512)
     n = sum(members)
     native = quantized and target.has_block_scaled_dot
     kind = Kind.NVFP4 if native else Kind.HALF_NVFP4
