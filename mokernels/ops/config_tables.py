@@ -257,8 +257,9 @@ _MMA: Mapping[Kind, Rows] = MappingProxyType(
     }
 )
 
-# Measured on an H200, bench/results: the fastest of some forty tiles, pipelines and splits on each
-# of the four products of an 8B layer, or within 3 % of it. What counts with few rows is that all
+# Measured on an H200, bench/results: one of the fastest of some forty tiles, pipelines and splits on
+# the products of an 8B layer. (Not measured: block scales and decoded weights by 32 to 256 rows,
+# chosen by compiling.) What counts with few rows is that all
 # programs are resident at once. Few rows of x are the N side of a wgmma, whose M side is 64 rows of
 # the weight for every 4 warps. They have to be: as the M side, rows that a program quantizes itself
 # come from registers, and Hopper's sums then have other bits than from shared memory.
