@@ -259,10 +259,10 @@ _MMA: Mapping[Kind, Rows] = MappingProxyType(
 
 # Measured on an H200, bench/results: one of the fastest of some forty tiles, pipelines and splits on
 # the products of an 8B layer. (Not measured: block scales and decoded weights by 32 to 256 rows,
-# chosen by compiling.) What counts with few rows is that all
-# programs are resident at once. Few rows of x are the N side of a wgmma, whose M side is 64 rows of
-# the weight for every 4 warps. They have to be: as the M side, rows that a program quantizes itself
-# come from registers, and Hopper's sums then have other bits than from shared memory.
+# chosen by compiling.) What counts with few rows is that all programs are resident at once. Few
+# rows of x are the N side of a wgmma, whose M side is 64 rows of the weight for every 4 warps. They
+# have to be: as the M side, rows that a program quantizes itself come from registers, and Hopper's
+# sums then have other bits than from shared memory.
 _WGMMA_FP8: Rows = (
     _row(16, 16, 64, 128, 4, 4, swap=True),
     _row(32, 32, 128, 128, 8, 4, swap=True),
