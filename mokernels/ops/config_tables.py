@@ -257,7 +257,7 @@ _MMA: Mapping[Kind, Rows] = MappingProxyType(
     }
 )
 
-# Measured on an H200, bench/results: one of the fastest of some forty tiles, pipelines and splits on
+# Measured on an H200, bench/results: one of the fastest of forty tiles, pipelines and splits on
 # the products of an 8B layer. (Not measured: block scales and decoded weights by 32 to 256 rows,
 # chosen by compiling.) What counts with few rows is that all programs are resident at once. Few
 # rows of x are the N side of a wgmma, whose M side is 64 rows of the weight for every 4 warps. They
