@@ -9,7 +9,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -120,12 +119,24 @@ def build_layer(config: Any, convert: Convert, device: torch.device, seed: int) 
 
 
 def fill(module: nn.Module, seed: int) -> None:
-    """Random weights of the size that trained models have; norms near 1."""
+    """Random weights that keep the size of what they multiply, whatever the width; norms near 1.
+
+    At 4096 that is the 0.02 of trained models. A fixed 0.02 would leave narrow models with layers
+    that add next to nothing, and tests of them with nothing to see.
+    """
     for number, parameter in enumerate(module.parameters()):
         generator = torch.Generator(parameter.device).manual_seed(1000 * seed + number)
-        parameter.data.normal_(0, 0.02 if parameter.dim() > 1 else 0.1, generator=generator)
+        deviation = 1.28 * parameter.shape[-1] ** -0.5 if parameter.dim() > 1 else 0.1
+        parameter.data.normal_(0, deviation, generator=generator)
         if parameter.dim() == 1:
             parameter.data.add_(1)
+
+
+def fill_ends(embedding: nn.Module, head: nn.Module, norm: nn.Module) -> None:
+    """What comes before and after the layers. Embeddings have the size of what passes layers: 1."""
+    for seed, part in enumerate((embedding, head, norm)):
+        fill(part, 500 + seed)
+    embedding.weight.data.mul_(embedding.weight.shape[1] ** 0.5 / 1.28)
 
 
 def calm(layer: nn.Module, layers: int) -> None:
@@ -174,6 +185,10 @@ class FixedCache:
         return self.keys, self.values
 
 
+def _as_it_is(values: Tensor) -> Tensor:
+    return values
+
+
 class Decoder(nn.Module):
     """A model that decodes one token for each of a batch, with everything at fixed addresses.
 
@@ -199,13 +214,14 @@ class Decoder(nn.Module):
         self.embedding = nn.Embedding(sizes.vocab, sizes.hidden, dtype=BF16, device=device)
         self.head = nn.Linear(sizes.hidden, sizes.vocab, bias=False, dtype=BF16, device=device)
         self.norm = type(self.layers[0].input_layernorm)(sizes.hidden).to(device, BF16)
-        for seed, part in enumerate((self.embedding, self.head, self.norm)):
-            fill(part, 500 + seed)
-        self.embedding.weight.data.mul_(50)  # of size 1, as what passes the layers of real models
+        fill_ends(self.embedding, self.head, self.norm)
         self.rotary = rotary(config, device)
-        self.begin = partial(self.start, batch, length)
-        self.begin()
+        self.start(batch, length)
         self.requires_grad_(False)
+
+    def begin(self) -> None:
+        """The same sequences from their beginning, with an empty cache."""
+        self.start(self.token.shape[0], self.places.shape[0])
 
     def start(self, batch: int, length: int) -> None:
         """Forget everything; a cache of this size from now on."""
@@ -220,17 +236,43 @@ class Decoder(nn.Module):
         for layer in self.layers:
             layer.compile(fullgraph=True, dynamic=False, backend=backend)
 
-    def forward(self) -> Tensor:
-        """One step; returns the logits [batch, vocab]."""
-        hidden = self.embedding(self.token)
-        rotations = self.rotary(hidden, self.position[None])
-        mask = (self.places <= self.position)[None, None, None, :]
-        for layer, cache in zip(self.layers, self.caches, strict=True):
-            hidden = run_layer(layer, hidden, rotations, mask, cache)
+    def forward(self, moved: Callable[[Tensor], Tensor] = _as_it_is) -> Tensor:
+        """One step; returns the logits [batch, vocab].
+
+        Args:
+            moved: changes the embeddings, to see what becomes of that.
+        """
+        hidden = self._through(moved(self.embedding(self.token)))[-1]
         logits = self.head(self.norm(hidden))[:, -1]
         self.token.copy_(logits.argmax(-1, keepdim=True))
         self.position.copy_((self.position + 1) % self.places.shape[0])
         return logits
+
+    def states(self) -> list[Tensor]:
+        """What enters each layer at this position; the position stays."""
+        return self._through(self.embedding(self.token))[:-1]
+
+    def updates(self, states: list[Tensor]) -> list[Tensor]:
+        """What each layer adds to its own state, fp32: a layer alone, not behind the others."""
+        rotations, mask = self._place(states[0])
+        triples = zip(self.layers, states, self.caches, strict=True)
+        return [
+            run_layer(layer, state, rotations, mask, cache).float() - state.float()
+            for layer, state, cache in triples
+        ]
+
+    def _through(self, hidden: Tensor) -> list[Tensor]:
+        """What enters each layer, and what leaves the last."""
+        rotations, mask = self._place(hidden)
+        passed = [hidden]
+        for layer, cache in zip(self.layers, self.caches, strict=True):
+            passed.append(run_layer(layer, passed[-1], rotations, mask, cache))
+        return passed
+
+    def _place(self, hidden: Tensor) -> tuple[Any, Tensor]:
+        """Rotations of this position, and the mask of what lies before it."""
+        mask = (self.places <= self.position)[None, None, None, :]
+        return self.rotary(hidden, self.position[None]), mask
 
 
 class Prefill(nn.Module):
@@ -240,11 +282,11 @@ class Prefill(nn.Module):
         super().__init__()
         import transformers
 
-        torch.manual_seed(0)
         model = transformers.LlamaForCausalLM(sizes.config()).to(device, BF16).eval()
-        for layer in model.model.layers:
+        for seed, layer in enumerate(model.model.layers):
+            fill(layer, seed)
             calm(layer, sizes.layers)
-        model.model.embed_tokens.weight.data.mul_(50)
+        fill_ends(model.model.embed_tokens, model.lm_head, model.model.norm)
         replace_linears(model.model, convert)  # the head stays bf16
         self.model = model.requires_grad_(False)
         self.ids = torch.arange(tokens, device=device)[None] % sizes.vocab
@@ -252,8 +294,18 @@ class Prefill(nn.Module):
     def begin(self) -> None:
         """A prompt has no state."""
 
-    def forward(self) -> Tensor:
-        return self.model(input_ids=self.ids, use_cache=False).logits
+    def forward(self, moved: Callable[[Tensor], Tensor] = _as_it_is) -> Tensor:
+        """The logits [1, tokens, vocab]; ``moved`` changes the embeddings."""
+        embeddings = moved(self.model.get_input_embeddings()(self.ids))
+        return self.model(inputs_embeds=embeddings, use_cache=False).logits
+
+    def states(self) -> list[Tensor]:
+        """None: its layers are not run by themselves."""
+        return []
+
+    def updates(self, states: list[Tensor]) -> list[Tensor]:
+        """None, as there are no states."""
+        return []
 
 
 def run_layer(
