@@ -224,7 +224,8 @@ def quantize_checkpoint(
     A few pieces of a tensor, of about 16 MiB each, are in memory at a time. Names and shapes
     decide what is a linear layer; everything that can be told from them is checked before anything
     is read or written. The result is that of :func:`quantize` and :func:`export`, to the byte of
-    each tensor, if the weights are stored in the dtype that config.json gives.
+    each tensor, if the weights are stored in the dtype that config.json gives;
+    mokernels_report.json beside it has the signal to noise of every weight.
 
     Args:
         path: a folder of Hugging Face's layout: config.json and safetensors in bf16, fp16 or fp32.

@@ -20,7 +20,7 @@ from mokernels.checkpoint.reader import INDEX_FILE, Checkpoint, open_checkpoint
 from mokernels.checkpoint.stream import Promise, split_shards, write_shard
 from mokernels.checkpoint.writer import SHARD_BYTES, name_shards
 from mokernels.errors import ArgumentError, CheckpointError
-from mokernels.layers import StoredSpec, linear_class
+from mokernels.layers import stored_weight
 
 logger = logging.getLogger("mokernels")
 
@@ -103,15 +103,9 @@ def dequantized_weight(
     checkpoint: Checkpoint, layer: LayerPlan, dtype: torch.dtype = torch.float32
 ) -> Tensor:
     """The weight [N, K] of one layer of an audited checkpoint, rounded once to ``dtype``."""
-    stored = {leaf: info for leaf, info in layer.tensors.items() if leaf != "input_scale"}
-    specs = {leaf: StoredSpec(info.dtype, tuple(info.shape)) for leaf, info in stored.items()}
-    module = linear_class(layer.format)(
-        layer.format, layer.k, layer.n, tensors=specs, device="meta"
-    )
-    tensors = {leaf: checkpoint.tensor(join(layer.name, leaf)) for leaf in stored}
-    module.load_state_dict(tensors, assign=True)
-    with torch.no_grad():
-        return module.dequantized_weight(dtype)
+    leaves = [leaf for leaf in layer.tensors if leaf != "input_scale"]
+    tensors = {leaf: checkpoint.tensor(join(layer.name, leaf)) for leaf in leaves}
+    return stored_weight(layer.format, tensors, (layer.n, layer.k), dtype)
 
 
 def promised_tensors(

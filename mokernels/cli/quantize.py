@@ -22,7 +22,7 @@ from mokernels.evaluate.held_back import HeldBack
 from mokernels.hf.auto import is_modelopt, load_model, load_tokenizer
 from mokernels.ptq.config import named_format
 from mokernels.ptq.convert import is_calibrated
-from mokernels.ptq.model import Quantization, quantization_of
+from mokernels.ptq.record import Quantization, quantization_of
 
 HELD_BACK_WINDOWS = 8
 """Windows of 512 tokens that the original and the quantized model are compared on."""

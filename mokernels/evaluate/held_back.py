@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mokernels.demo.perplexity import perplexity
 from mokernels.evaluate.predictions import Against, Predictions, Recorded
 from mokernels.layers import QuantizedLinear
-from mokernels.ptq.model import quantization_of
+from mokernels.ptq.record import quantization_of
 
 _WINDOW = 512
 _BATCH = 4

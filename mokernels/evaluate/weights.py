@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from mokernels.checkpoint import Checkpoint, CheckpointPlan, audit, open_checkpo
 from mokernels.checkpoint.dequantize import dequantized_weight
 from mokernels.checkpoint.plan import join
 from mokernels.errors import ArgumentError, CheckpointError
+from mokernels.numerics.noise import SignalToNoise
 
 _SHOWN = 4
 
@@ -122,22 +122,13 @@ def compare_weights(
     return WeightErrors(tuple(layers), len(others), tuple(differing))
 
 
-def sqnr(reference: Tensor, other: Tensor) -> float:
-    """Signal to quantization noise in dB; sums are in fp64."""
-    signal = float(reference.square().sum(dtype=torch.float64))
-    noise = float((reference - other).square_().sum(dtype=torch.float64))
-    if noise == 0:
-        return math.inf
-    return 10 * math.log10(signal / noise) if signal else -math.inf
-
-
 def _layer_error(sides: tuple[Side, Side], name: str) -> LayerError:
     reference, other = (side.weight(name) for side in sides)
     if reference.shape != other.shape:
         raise _different(sides, f"the layer {name!r} is {_sizes(reference)} and {_sizes(other)}")
     n, k = reference.shape
     formats = sides[0].format(name), sides[1].format(name)
-    return LayerError(name, formats, (n, k), sqnr(reference, other))
+    return LayerError(name, formats, (n, k), SignalToNoise().add(reference, other).decibels)
 
 
 def _common(sides: tuple[Side, Side], layers: list[str]) -> list[str]:

@@ -21,8 +21,8 @@ from mokernels.checkpoint.layout import nested_layout
 from mokernels.errors import ArgumentError, CheckpointError, MokernelsError
 from mokernels.hf.load import from_pretrained
 from mokernels.hf.quantize import adopt, convert, written_config
-from mokernels.ptq.model import Quantization, quantization_of
-from mokernels.ptq.report import REPORT_FILE, Reload, write_report
+from mokernels.ptq.record import Quantization, quantization_of
+from mokernels.ptq.report import Reload, write_report
 from mokernels.ptq.trainable import is_trainable
 
 _PROBE = (1, 16)
@@ -53,7 +53,7 @@ def export(
         if errors:
             raise CheckpointError(out_dir, errors)
         reloaded = _reload(model, partial) if reload else None
-        write_report(partial / REPORT_FILE, record, reloaded)
+        write_report(partial, record, reloaded)
     return Path(out_dir)
 
 

@@ -16,8 +16,9 @@ from mokernels.checkpoint.layout import flat_layout
 from mokernels.hf import quantizer
 from mokernels.hf.keys_values import watch_keys_and_values
 from mokernels.hf.quantizer import ModelOptConfig, ModelOptQuantizer, untie
-from mokernels.ptq.model import Quantization, quantize_model
+from mokernels.ptq.model import quantize_model
 from mokernels.ptq.pack import convert_model
+from mokernels.ptq.record import Quantization
 
 Steps = Callable[[str], AbstractContextManager[Progress]]
 

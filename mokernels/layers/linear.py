@@ -237,6 +237,28 @@ def linear_class(format: Format) -> type[QuantizedLinear]:
     return MXFP8Linear if format.scale_dtype == torch.uint8 else FP8Linear
 
 
+def stored_weight(
+    format: Format,
+    tensors: Mapping[str, Tensor],
+    shape: tuple[int, int],
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """The weight that stored tensors stand for, rounded once to ``dtype``.
+
+    Args:
+        format: of the tensors.
+        tensors: leaf -> tensor: codes and scales of the weight, without the activations' scale.
+        shape: (N, K) of the weight.
+        dtype: of the result.
+    """
+    specs = {leaf: StoredSpec(t.dtype, tuple(t.shape)) for leaf, t in tensors.items()}
+    n, k = shape
+    module = linear_class(format)(format, k, n, tensors=specs, device="meta")
+    module.load_state_dict(dict(tensors), assign=True)
+    with torch.no_grad():
+        return module.dequantized_weight(dtype)
+
+
 def _checked_activation(format: Format, activation: Activation | None) -> Activation:
     chosen = format.activation if activation is None else activation
     if chosen not in format.activations:

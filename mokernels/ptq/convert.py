@@ -13,6 +13,7 @@ from mokernels.formats import E2M1_MAX, E4M3_MAX, FP8_BLOCK, Activation, Format,
 from mokernels.layers import QuantizedLinear, StoredSpec, make_layer
 from mokernels.layers.siblings import NAMES
 from mokernels.numerics.elements import divide
+from mokernels.numerics.noise import SignalToNoise
 from mokernels.ptq.offload import keep_offloaded, resident
 
 _DIVISORS: Mapping[Activation, float] = {
@@ -119,7 +120,7 @@ def replace_layer(
             scales[key] = divide(largest, E2M1_MAX * E4M3_MAX) if row.second_scale else largest
         stored = quantize_weight(row, weight, **scales)
         layer = _layer(linear, row, stored, name, weight.device)
-        noise = _signal_to_noise(weight, layer)
+        noise = SignalToNoise().add(weight.detach(), layer.dequantized_weight()).decibels
     keep_offloaded(linear, layer)
     model.set_submodule(name, layer)
     return noise
@@ -147,16 +148,6 @@ def _layer(
     layer.requires_grad_(False)
     layer.refresh()
     return layer
-
-
-def _signal_to_noise(weight: Tensor, layer: QuantizedLinear) -> float:
-    """10 log10 (|W|^2 / |W - Q(W)|^2); infinite where nothing was lost."""
-    original = weight.detach().float()
-    error = (layer.dequantized_weight().to(original.device) - original).double()
-    signal, lost = float(original.double().square().sum()), float(error.square().sum())
-    if not lost:
-        return float("inf")
-    return float(10 * torch.log10(torch.tensor(max(signal / lost, 1e-30), dtype=torch.float64)))
 
 
 def shares_weight_scale(model: nn.Module, row: Format, group: Sequence[str]) -> bool:

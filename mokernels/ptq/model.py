@@ -6,8 +6,6 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -22,6 +20,7 @@ from mokernels.layers import attach_kv_scales, finish_loading
 from mokernels.layers.linear import StoredSpec
 from mokernels.ptq.config import QuantizeConfig, parse_config
 from mokernels.ptq.convert import convert_layers, fused_groups, is_calibrated
+from mokernels.ptq.record import RECORD, Quantization
 from mokernels.ptq.rehearse import (
     check_destination,
     check_weights,
@@ -34,45 +33,11 @@ from mokernels.ptq.trainable import check_resident, fake_quantize_layers
 
 logger = logging.getLogger("mokernels")
 
-RECORD = "_mokernels_quantization"
-"""Attribute of a model that was quantized here: its :class:`Quantization`."""
 KV_MAX = 448.0
 """k_scale and v_scale are amax / 448, for NVFP4 caches too."""
 
 KeyValueWatch = Callable[[nn.Module, Mapping[str, AmaxObserver]], AbstractContextManager[object]]
 """Makes a context in which keys and values are observed, by the name of their projection."""
-
-
-@dataclass
-class Quantization:
-    """How a model was quantized.
-
-    Attributes:
-        config: the configuration in a few words.
-        layers: format of every quantized layer, by name.
-        exclude: patterns of the modules that stayed plain.
-        kv_cache: algorithm of the KV cache, or None.
-        amax: of the activations of every calibrated layer, by name.
-        noise: signal to quantization noise of every weight in dB, by name.
-        filled: layers that saw no data and whose amax was made up.
-        batches: calls of the model while calibrating.
-        extra: what others add, for the report.
-    """
-
-    config: str
-    layers: Mapping[str, Format]
-    exclude: tuple[str, ...]
-    kv_cache: str | None = None
-    amax: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
-    noise: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
-    filled: tuple[str, ...] = ()
-    batches: int = 0
-    extra: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def formats(self) -> tuple[Format, ...]:
-        """The formats of the layers, each once."""
-        return tuple(dict.fromkeys(self.layers.values()))
 
 
 def quantize_model(
@@ -151,12 +116,6 @@ def quantize_model(
     )
     setattr(model, RECORD, record)
     return record
-
-
-def quantization_of(model: nn.Module) -> Quantization | None:
-    """The record of a model that was quantized in this process, or None."""
-    record = getattr(model, RECORD, None)
-    return record if isinstance(record, Quantization) else None
 
 
 class _Calibration:

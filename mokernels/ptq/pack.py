@@ -10,7 +10,8 @@ from torch import nn
 from mokernels.calibration.loop import Progress
 from mokernels.errors import ArgumentError
 from mokernels.layers import finish_loading
-from mokernels.ptq.model import Quantization, quantization_of, silent
+from mokernels.ptq.model import silent
+from mokernels.ptq.record import Quantization, quantization_of
 from mokernels.ptq.rehearse import check_weights
 from mokernels.ptq.trainable import is_trainable, pack_layers
 

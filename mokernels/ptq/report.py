@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mokernels.ptq.model import Quantization
+from mokernels.numerics.noise import stored_decibels
+from mokernels.ptq.record import Quantization
 
 REPORT_FILE = "mokernels_report.json"
 _VERSION = 1
@@ -29,9 +30,9 @@ class Reload:
     difference: float
 
 
-def write_report(path: Path, record: Quantization, reload: Reload | None) -> None:
-    """Write the report of one export as JSON."""
-    path.write_text(json.dumps(report_values(record, reload), indent=4))
+def write_report(folder: Path, record: Quantization, reload: Reload | None = None) -> None:
+    """Write the report of one checkpoint into its folder."""
+    (folder / REPORT_FILE).write_text(json.dumps(report_values(record, reload), indent=4))
 
 
 def report_values(record: Quantization, reload: Reload | None = None) -> dict[str, Any]:
@@ -54,10 +55,9 @@ def report_values(record: Quantization, reload: Reload | None = None) -> dict[st
 
 
 def _layer(record: Quantization, name: str) -> dict[str, Any]:
-    noise = record.noise.get(name, math.nan)
     values: dict[str, Any] = {
         "format": record.layers[name].name,
-        "weight_sqnr_db": round(noise, 3) if math.isfinite(noise) else None,
+        "weight_sqnr_db": stored_decibels(record.noise.get(name, math.nan)),
     }
     if name in record.amax:
         values["input_amax"] = record.amax[name]

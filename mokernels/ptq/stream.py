@@ -26,10 +26,13 @@ from mokernels.checkpoint.weights import quantize_weight
 from mokernels.checkpoint.writer import name_shards
 from mokernels.errors import ArgumentError, CheckpointError
 from mokernels.formats import FP8_BLOCK, Activation, Format, Granularity
+from mokernels.layers import stored_weight
+from mokernels.numerics.noise import SignalToNoise
 from mokernels.ptq.config import QuantizeConfig, parse_config
 from mokernels.ptq.convert import fused_groups, one_scale
+from mokernels.ptq.record import Quantization
 from mokernels.ptq.rehearse import check_destination, no_scale
-from mokernels.ptq.report import REPORT_FILE
+from mokernels.ptq.report import REPORT_FILE, write_report
 from mokernels.ptq.source import Choice, choose, read_plain_config
 
 logger = logging.getLogger("mokernels")
@@ -75,6 +78,8 @@ def quantize_folder(
             errors = check(partial, values="scales").errors
             if errors:
                 raise CheckpointError(target, errors)
+            layers, noise = choice.layers, work.noise()
+            write_report(partial, Quantization(wanted.text, layers, choice.exclude, noise=noise))
     return target
 
 
@@ -113,6 +118,7 @@ class _Work:
         self._shared = {name: group for group in fused_groups(layers) for name in group}
         self._amax: dict[tuple[str, ...], Tensor] = {}
         self._scales: dict[str, list[Tensor]] = {}
+        self._noise: dict[str, SignalToNoise] = {}
         self.promises: dict[str, Promise] = {}
         for name, info in checkpoint.tensors.items():
             layer = name.removesuffix(".weight")
@@ -133,8 +139,13 @@ class _Work:
         else:
             yield from self._read(name)
 
+    def noise(self) -> dict[str, float]:
+        """Signal to quantization noise of every weight whose pieces were taken, in dB, by name."""
+        return {layer: noise.decibels for layer, noise in self._noise.items()}
+
     def _codes(self, layer: str) -> Iterator[Tensor]:
         row = self._layers[layer]
+        noise = self._noise[layer] = SignalToNoise()
         amax = self._weight_amax(layer, row)
         scales = self._scales.setdefault(f"{layer}.weight_scale", [])
         for piece in self._read(f"{layer}.weight", FP8_BLOCK):
@@ -145,6 +156,8 @@ class _Work:
             stored = quantize_weight(row, weight, weight_amax=shared)
             if row.granularity is not Granularity.TENSOR or not scales:
                 scales.append(stored["weight_scale"].cpu())
+            n, k = weight.shape
+            noise.add(weight, stored_weight(row, stored, (n, k)))
             yield stored["weight"].cpu()
 
     def _weight_amax(self, layer: str, row: Format) -> Tensor | None:

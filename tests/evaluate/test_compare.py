@@ -20,7 +20,7 @@ from mokernels.checkpoint import Checkpoint
 from mokernels.cli import app
 from mokernels.errors import ArgumentError, CheckpointError, MissingDependencyError
 from mokernels.evaluate import plot
-from mokernels.evaluate.weights import compare_weights, sqnr
+from mokernels.evaluate.weights import compare_weights
 from tests.demo.tiny import SIZES, byte_tokenizer, talkative_model
 from tests.support.checkpoints import edit_tensors
 from tests.support.models import export, tiny_model
@@ -145,12 +145,6 @@ def test_an_output_layer_that_one_side_ties(tmp_path):
     shutil.copytree(tmp_path / "a", tmp_path / "c")
     save_file(tensors, tmp_path / "c" / "model.safetensors")
     assert compare_weights(tmp_path / "a", tmp_path / "c").differing == ()
-
-
-def test_sqnr_by_hand():
-    assert sqnr(torch.tensor([3.0, 4.0]), torch.tensor([3.0, 3.5])) == pytest.approx(20.0)
-    assert sqnr(torch.zeros(2), torch.ones(2)) == -math.inf
-    assert sqnr(torch.ones(2), torch.ones(2)) == math.inf
 
 
 def refused(a: Path, b: Path, **options) -> str:

@@ -13,7 +13,7 @@ from mokernels import CalibrationError, calibration
 from mokernels.errors import ArgumentError, CheckpointError, MokernelsError
 from mokernels.formats import FORMATS
 from mokernels.layers import QuantizedLinear
-from mokernels.ptq.model import quantization_of
+from mokernels.ptq.record import quantization_of
 from tests.demo.tiny import byte_tokenizer, save_model
 from tests.support.models import tiny_model
 

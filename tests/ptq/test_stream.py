@@ -14,6 +14,8 @@ from transformers import AutoModelForCausalLM
 import mokernels
 from mokernels.checkpoint import stream as shards
 from mokernels.errors import ArgumentError, CalibrationError
+from mokernels.evaluate.weights import compare_weights
+from mokernels.ptq.report import REPORT_FILE
 from tests.support.compare import assert_same_bits
 from tests.support.models import tiny_model
 
@@ -195,3 +197,34 @@ def test_memory_is_that_of_a_few_pieces(tmp_path):
     # Beyond what a weight of one piece takes: the mapped weight of 75 MB, and little else; the
     # whole is 300 MB, and its codes 150 MB.
     assert int(done.stdout) * 1024 < 130e6
+
+
+@pytest.mark.parametrize("format", ["FP8", *FORMATS])
+def test_the_report_is_that_of_the_model(tmp_path, format):
+    source = saved(tmp_path, tied=True)
+    (source / "mokernels_report.json").write_text("what another quantization left here")
+    found = json.loads((stream(source, tmp_path / "out", format) / REPORT_FILE).read_text())
+    assert found["calibration_calls"] == 0
+    assert found["reload"] is None
+    if format == "FP8":  # the model is calibrated in this format
+        assert all(20 < layer["weight_sqnr_db"] < 50 for layer in found["layers"].values())
+        return
+    model = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
+    mokernels.quantize(model, format, progress=False)
+    exported = mokernels.export(model, tmp_path / "exported", reload=False)
+    expected = json.loads((exported / REPORT_FILE).read_text())
+    assert found["layers"].keys() == expected["layers"].keys()
+    for name, layer in expected["layers"].items():
+        assert found["layers"][name] == pytest.approx(layer, abs=0.0015), name
+    assert found["excluded"] == expected["excluded"]
+
+
+def test_noise_of_a_weight_of_several_pieces(tmp_path, monkeypatch):
+    monkeypatch.setattr("mokernels.checkpoint.reader.CHUNK_BYTES", 1 << 14)
+    source = saved(tmp_path)
+    report = json.loads((stream(source, tmp_path / "out") / REPORT_FILE).read_text())
+    errors = compare_weights(source, tmp_path / "out").layers
+    assert len(errors) == len(report["layers"])
+    for layer in errors:
+        stated = report["layers"][layer.name]["weight_sqnr_db"]
+        assert stated == pytest.approx(layer.sqnr, abs=0.0015), layer.name
