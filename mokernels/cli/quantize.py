@@ -20,6 +20,7 @@ from mokernels.demo.text import reference_text
 from mokernels.errors import ArgumentError
 from mokernels.evaluate.held_back import HeldBack
 from mokernels.hf.auto import is_modelopt, load_model, load_tokenizer
+from mokernels.hf.placement import input_device
 from mokernels.ptq.config import named_format
 from mokernels.ptq.convert import is_calibrated
 from mokernels.ptq.record import Quantization, quantization_of
@@ -164,7 +165,7 @@ def _held_back(task: Task, model: Any, tokenizer: Any) -> Any:
         return nullcontext()
     text = task.evaluate.read_text("utf-8") if task.evaluate else reference_text().text
     ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
-    return HeldBack(model, ids[: 512 * HELD_BACK_WINDOWS].to(model.device))
+    return HeldBack(model, ids[: 512 * HELD_BACK_WINDOWS].to(input_device(model)))
 
 
 def _number_or_word(value: str) -> str | float:

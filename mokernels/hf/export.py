@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from mokernels.checkpoint.audit import check
 from mokernels.checkpoint.config import CONFIG_FILE, QUANT_CONFIG_FILE
 from mokernels.checkpoint.layout import nested_layout
 from mokernels.errors import ArgumentError, CheckpointError, MokernelsError
-from mokernels.hf.load import from_pretrained
+from mokernels.hf.placement import input_device, load_alike, savable
 from mokernels.hf.quantize import adopt, convert, written_config
 from mokernels.ptq.record import Quantization, quantization_of
 from mokernels.ptq.report import Reload, write_report
@@ -42,7 +43,7 @@ def export(
     with new_folder(Path(out_dir)) as partial:
         if is_trainable(model):
             convert(model, progress=False)
-        with _kept_config(model):
+        with _kept_config(model), savable(model):
             adopt(model, record)
             model.save_pretrained(partial, max_shard_size=max_shard_size)  # type: ignore[operator]
         _write_config(partial, record)
@@ -119,9 +120,10 @@ def _reload(model: Any, folder: Path) -> Reload:
     """Load what was written, and compare its logits with the model's."""
     vocabulary = int(model.config.get_text_config().vocab_size)
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, vocabulary, _PROBE, generator=generator).to(model.device)
-    again = from_pretrained(folder, dtype=model.dtype, device_map=str(model.device))
-    expected, found = _logits(model, ids), _logits(again, ids)
+    ids = torch.randint(0, vocabulary, _PROBE, generator=generator).to(input_device(model))
+    with TemporaryDirectory() as scratch:
+        again = load_alike(model, folder, scratch)
+        expected, found = _logits(model, ids), _logits(again, ids)
     equal = torch.equal(found, expected)
     difference = float((found.float() - expected.float()).abs().max())
     if not equal:

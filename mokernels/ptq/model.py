@@ -218,9 +218,10 @@ def _store_kv_scales(model: nn.Module, observers: Mapping[str, AmaxObserver]) ->
     for name, observer in observers.items():
         module, leaf = model.get_submodule(name), f"{name.rpartition('.')[2][0]}_scale"
         attach_kv_scales(module, {leaf: StoredSpec(torch.float32, ())})
-        with torch.no_grad():
-            scale = torch.tensor(observer.result(), dtype=torch.float32) / KV_MAX
-            getattr(module, leaf).copy_(scale)
+        scale = torch.tensor(observer.result(), dtype=torch.float32) / KV_MAX
+        device = getattr(module, leaf).device
+        # Beside an offloaded weight there is nothing to copy into; nor does anything bring it back.
+        setattr(module, leaf, scale.to("cpu" if device.type == "meta" else device))
 
 
 def _labelled(observers: Mapping[str, AmaxObserver]) -> dict[str, AmaxObserver]:

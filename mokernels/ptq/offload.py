@@ -26,7 +26,7 @@ def resident(layer: nn.Module) -> Iterator[Tensor]:
 
 def keep_offloaded(old: nn.Module, new: nn.Module) -> None:
     """Keep a layer's successor in main memory, brought in when it is called, if the layer was."""
-    hook = _offloading_hook(old)
+    hook = offloading_hook(old)
     if hook is None:
         return
     from accelerate.hooks import AlignDevicesHook, add_hook_to_module
@@ -44,7 +44,8 @@ def keep_offloaded(old: nn.Module, new: nn.Module) -> None:
     )
 
 
-def _offloading_hook(module: nn.Module) -> Any:
+def offloading_hook(module: nn.Module) -> Any:
+    """Accelerate's hook that brings a module's weights in, or None."""
     hook = getattr(module, "_hf_hook", None)
     for part in getattr(hook, "hooks", [hook]):
         if getattr(part, "offload", False):

@@ -198,7 +198,9 @@ def test_kv_cache_scales_are_kept(tmp_path):
 
 @pytest.mark.parametrize("format", FORMAT_NAMES)
 def test_cpu_and_disk_offload(tmp_path, format):
-    folder = export(tiny_model(), tmp_path / "in", format)
+    names = [f"model.layers.{i}.self_attn.{p}_proj.{p}_scale" for i in range(2) for p in "kv"]
+    extra = {name: torch.tensor(0.25 + i) for i, name in enumerate(names)}
+    folder = export(tiny_model(), tmp_path / "in", format, extra=extra)
     whole = AutoModelForCausalLM.from_pretrained(folder)
     device_map = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk",
                   "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}  # fmt: skip
@@ -206,6 +208,7 @@ def test_cpu_and_disk_offload(tmp_path, format):
         folder, device_map=device_map, offload_folder=tmp_path / "offload"
     )
     assert torch.equal(logits(split), logits(whole))
+    assert_resaves(split, folder, tmp_path / "out")
 
 
 def test_a_device_map_on_one_device(tmp_path):

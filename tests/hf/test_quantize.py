@@ -4,9 +4,11 @@ import errno
 import json
 import shutil
 
+import accelerate
 import pytest
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 import mokernels
 from mokernels import CalibrationError, calibration
@@ -350,19 +352,44 @@ def test_a_model_that_was_never_quantized_is_not_exported(tmp_path):
 # ---------------------------------------------------------------- offloaded layers, the tokenizer
 
 
-def test_layers_that_are_offloaded(tmp_path):
-    accelerate = pytest.importorskip("accelerate")
-    model, expected = tiny_model(), quantized("NVFP4")
-    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
-    assert model.get_submodule(Q).weight.is_meta
-    quantized("NVFP4", model)
-    assert model.get_submodule(Q).weight.is_meta
+def offloaded(kind, folder):
+    """A model of which all or some weights are elsewhere."""
+    save_model(folder / "plain")
+    if kind == "accelerate":
+        model = AutoModelForCausalLM.from_pretrained(folder / "plain")
+        return accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    parts = ("embed_tokens", "layers.0", "norm", "rotary_emb")
+    device_map = {f"model.{part}": "cpu" for part in parts} | {"lm_head": "cpu"}
+    return AutoModelForCausalLM.from_pretrained(
+        folder / "plain",
+        device_map=device_map | {"model.layers.1": "disk"},
+        offload_folder=folder / "offloaded",
+    )
+
+
+@pytest.mark.parametrize("format", ["FP8", "FP8_PB_WO", "NVFP4"])
+@pytest.mark.parametrize("kind", ["accelerate", "device_map"])
+def test_layers_that_are_offloaded(tmp_path, kind, format):
+    model = offloaded(kind, tmp_path)
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
+    name = "model.layers.1.self_attn.k_proj"
+    assert model.get_submodule(name).weight.is_meta
+    for each, folder in ((model, "ours"), (whole, "theirs")):
+        quantized(format, each, kv_cache="FP8", out_dir=tmp_path / folder)
+        mokernels.export(each, tmp_path / folder)
+    assert model.get_submodule(name).weight.is_meta
+    assert not model.get_submodule(name).k_scale.is_meta
     ids = batches()[0]
-    assert torch.equal(model(ids).logits, expected(ids).logits)
+    assert torch.equal(model(ids).logits, whole(ids).logits)
+    for file in ("model.safetensors", "config.json", "hf_quant_config.json"):
+        assert (tmp_path / "ours" / file).read_bytes() == (tmp_path / "theirs" / file).read_bytes()
+    report = json.loads((tmp_path / "ours" / "mokernels_report.json").read_text())
+    assert report["reload"]["equal"]
+    assert hasattr(model, "hf_device_map") == (kind == "device_map")
 
 
 def test_the_originals_tokenizer_comes_along(tmp_path):
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(save_model(tmp_path / "m"))
     data = calibration.text(byte_tokenizer(), ["some text " * 40], samples=4, length=32)
