@@ -85,13 +85,14 @@ def _record(model: nn.Module) -> Quantization:
 @contextmanager
 def _kept_config(model: Any) -> Iterator[None]:
     """Generation settings that transformers refuses to save are mended for the export alone."""
-    kept = model.generation_config
+    kept = getattr(model, "generation_config", None)  # models that generate have one
     try:
         if kept is not None:
             model.generation_config = _savable(kept)
         yield
     finally:
-        model.generation_config = kept
+        if kept is not None:
+            model.generation_config = kept
 
 
 def _savable(generation: Any) -> Any:
@@ -123,7 +124,7 @@ def _reload(model: Any, folder: Path) -> Reload:
     ids = torch.randint(0, vocabulary, _PROBE, generator=generator).to(input_device(model))
     with TemporaryDirectory() as scratch:
         again = load_alike(model, folder, scratch)
-        expected, found = _logits(model, ids), _logits(again, ids)
+        expected, found = _output(model, ids), _output(again, ids)
     equal = torch.equal(found, expected)
     difference = float((found.float() - expected.float()).abs().max())
     if not equal:
@@ -159,7 +160,19 @@ def _unequal(folder: Path, difference: float, buffers: list[str]) -> MokernelsEr
     )
 
 
-def _logits(model: Any, ids: Tensor) -> Tensor:
-    with torch.no_grad():
-        logits: Tensor = model(input_ids=ids, use_cache=False).logits
-    return logits
+def _output(model: Any, ids: Tensor) -> Tensor:
+    """Logits, or what a model without a head returns first."""
+    inputs = {"input_ids": ids}
+    if getattr(model.config, "is_encoder_decoder", False):
+        inputs["decoder_input_ids"] = ids
+    try:
+        with torch.no_grad():
+            output = model(**inputs)
+    except Exception as error:
+        raise MokernelsError(
+            f"The model was not compared with its checkpoint: {type(model).__name__} does not run "
+            f"on input_ids alone ({type(error).__name__}: {error}). Nothing was written, and the "
+            "model is as it was. Export it with reload=False."
+        ) from error
+    logits: Tensor | None = getattr(output, "logits", None)
+    return next(iter(output.values())) if logits is None else logits

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 from collections.abc import Iterable, Mapping
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from mokernels.checkpoint.excluded import summarize_excluded
 from mokernels.checkpoint.schema import matches
@@ -17,6 +19,8 @@ from mokernels.formats import Format
 from mokernels.layers import FakeQuantizedLinear, QuantizedLinear
 from mokernels.ptq.config import QuantizeConfig
 from mokernels.ptq.convert import fused_groups
+
+logger = logging.getLogger("mokernels")
 
 _CONVERTIBLE = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 """What ModelOpt gives quantizers, and names among the excluded where they are off."""
@@ -41,16 +45,22 @@ def choose_layers(model: nn.Module, config: QuantizeConfig) -> dict[str, Format]
             "weights that they have now; to choose another format, load the original model."
         )
     linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
-    shared = _weights_shared_with_embeddings(model)
+    shared, needed = _weights_shared_with_embeddings(model), _needed_as_they_are(model, linears)
     chosen = {}
     for name, linear in linears.items():
         row = config.choose(name)
-        if row is not None and id(linear.weight) not in shared:
+        if row is not None and id(linear.weight) not in shared and name not in needed:
             chosen[name] = row
     if not chosen:
-        raise ArgumentError(
-            f"Nothing of {type(model).__name__} would be quantized: none of its {len(linears)} "
-            "linear layers is left by the configuration and the exclusions. Exclude less."
+        raise _nothing_to_quantize(model, len(linears))
+    left = [name for name in needed if config.choose(name) is not None]
+    if left:
+        logger.warning(
+            "%d layers stay plain, since %s reads their weights itself or wants them in fp32: %s%s",
+            len(left),
+            type(model).__name__,
+            ", ".join(left[:3]),
+            ", ..." if len(left) > 3 else "",
         )
     _check_experts(model, config)
     _check_projections(chosen)
@@ -153,6 +163,41 @@ def checkpoint_nbytes(model: nn.Module, chosen: Mapping[str, Format]) -> int:
             shape = torch.Size(spec.shapes[0])
             total += shape.numel() * spec.dtype.itemsize
     return total
+
+
+def _nothing_to_quantize(model: nn.Module, linears: int) -> ArgumentError:
+    text = f"Nothing of {type(model).__name__} would be quantized: "
+    transposed = [n for n, m in model.named_modules() if type(m).__name__ == "Conv1D"]
+    if transposed:
+        return ArgumentError(
+            f"{text}its {len(transposed)} layers like {transposed[0]!r} are transformers' Conv1D, "
+            "whose weights are stored as [K, N], where ModelOpt's formats have [N, K]. Models of "
+            "nn.Linear layers can be quantized."
+        )
+    return ArgumentError(
+        f"{text}none of its {linears} linear layers is left by the configuration and the "
+        "exclusions. Exclude less."
+    )
+
+
+def _needed_as_they_are(model: nn.Module, linears: Mapping[str, nn.Linear]) -> list[str]:
+    """Linear layers that are more than what they compute.
+
+    Attention of torch multiplies by its output layer's weight without calling that layer. A model
+    of transformers names what it keeps in fp32; T5 casts activations to the dtype of such a weight,
+    which codes would make integers.
+    """
+    kept = [
+        f".{entry}."
+        for attribute in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
+        for entry in getattr(model, attribute, None) or ()
+    ]
+    return [
+        name
+        for name, linear in linears.items()
+        if isinstance(linear, NonDynamicallyQuantizableLinear)
+        or any(entry in f".{name}." for entry in kept)
+    ]
 
 
 def _weights_shared_with_embeddings(model: nn.Module) -> set[int]:

@@ -7,6 +7,7 @@ import shutil
 import accelerate
 import pytest
 import torch
+import transformers
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -347,6 +348,111 @@ def test_a_model_that_was_cast_is_found_out(tmp_path):
 def test_a_model_that_was_never_quantized_is_not_exported(tmp_path):
     with pytest.raises(ArgumentError, match=r"mokernels\.quantize has not quantized in this proc"):
         mokernels.export(tiny_model(), tmp_path / "out")
+
+
+# ---------------------------------------------------------------- models that are no decoders
+
+NARROW = {"num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 128}
+T5_SIZES = {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4}
+
+
+def bert(kind):
+    config = transformers.BertConfig(hidden_size=64, intermediate_size=128, **NARROW)
+    return getattr(transformers, kind)(config)
+
+
+def classifier():
+    config = transformers.LlamaConfig(
+        hidden_size=64, intermediate_size=128, num_key_value_heads=2, pad_token_id=0, **NARROW
+    )
+    return transformers.LlamaForSequenceClassification(config)
+
+
+def t5():
+    config = transformers.T5Config(vocab_size=128, decoder_start_token_id=0, **T5_SIZES)
+    return transformers.T5ForConditionalGeneration(config)
+
+
+OTHERS = {
+    "masked": lambda: bert("BertForMaskedLM"),
+    "embedding": lambda: bert("BertModel"),
+    "classifier": classifier,
+    "t5": t5,
+}
+
+
+@pytest.mark.parametrize("format", ["FP8", "NVFP4"])
+@pytest.mark.parametrize("kind", OTHERS)
+def test_models_that_are_no_decoders(kind, format, tmp_path):
+    torch.manual_seed(0)
+    OTHERS[kind]().save_pretrained(tmp_path / "plain")
+    model = type(OTHERS[kind]()).from_pretrained(tmp_path / "plain", dtype=torch.bfloat16)
+
+    def run(model, ids):
+        both = {"input_ids": ids, "decoder_input_ids": ids}
+        output = model(**both) if kind == "t5" else model(ids)
+        return output[0]
+
+    quantized(format, model, lambda model: [run(model, ids) for ids in batches()])
+    assert any(isinstance(module, QuantizedLinear) for module in model.modules())
+    folder = mokernels.export(model, tmp_path / "out")
+    assert mokernels.check(folder).ok
+    again = type(model).from_pretrained(folder)
+    assert torch.equal(run(again, batches()[0]), run(model, batches()[0]))
+    report = json.loads((folder / "mokernels_report.json").read_text())
+    assert report["reload"]["equal"]
+
+
+def test_layers_that_a_model_wants_in_fp32_stay_plain(caplog):
+    model = t5().to(torch.bfloat16)
+    quantized("MXFP8", model)
+    assert type(model.encoder.block[1].layer[1].DenseReluDense.wo) is nn.Linear
+    assert isinstance(model.encoder.block[1].layer[1].DenseReluDense.wi, QuantizedLinear)
+    assert "4 layers stay plain, since T5ForConditionalGeneration reads" in caplog.text
+    assert "encoder.block.0.layer.1.DenseReluDense.wo" in caplog.text
+    assert "encoder.block.0.layer.1.DenseReluDense.wo" in quantization_of(model).exclude
+
+
+class Pooled(nn.Module):
+    """Attention of torch, which multiplies by the weight of a layer that it does not call."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(64, 4, batch_first=True)
+        self.projection = nn.Linear(64, 64)
+
+    def forward(self, x):
+        return self.attention(x, x, self.projection(x))[0]
+
+
+def test_a_layer_that_attention_reads_stays_plain(caplog):
+    model = Pooled()
+    quantized("MXFP8", model)
+    assert isinstance(model.projection, QuantizedLinear)
+    assert not isinstance(model.attention.out_proj, QuantizedLinear)
+    assert "1 layers stay plain, since Pooled reads" in caplog.text
+    assert model(torch.randn(1, 3, 64)).isfinite().all()
+
+
+def test_weights_the_other_way_round_are_named():
+    config = transformers.GPT2Config(n_embd=64, n_layer=1, n_head=4, vocab_size=128)
+    with pytest.raises(ArgumentError, match=r"4 layers like 'transformer\.h\.0\.attn\.c_attn' are"):
+        quantized("FP8", transformers.GPT2LMHeadModel(config))
+
+
+def test_a_model_that_does_not_run_on_tokens_alone(tmp_path):
+    class Needy(transformers.LlamaForCausalLM):
+        def forward(self, input_ids, answer=None, **kwargs):
+            if answer is None:
+                raise ValueError("where is the answer?")
+            return super().forward(input_ids, **kwargs)
+
+    model = Needy(tiny_model().config).to(torch.bfloat16)
+    quantized("FP8", model, lambda model: model(batches()[0], answer=42))
+    expected = "does not run on input_ids alone .ValueError: where is the answer"
+    with pytest.raises(MokernelsError, match=expected):
+        mokernels.export(model, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
 
 
 # ---------------------------------------------------------------- offloaded layers, the tokenizer
