@@ -60,7 +60,7 @@ class Answer:
 
     def _found_stop(self) -> str | None:
         stops = self.params.stops
-        if not stops:
+        if not stops or len(self.tokens) <= self.params.min_tokens:
             return None
         tail = self.tokens[-(_LONGEST_CHARACTER * max(map(len, stops)) + _MARGIN) :]
         end = self.decode(tail)

@@ -3,7 +3,7 @@
 It samples all rows of a batch by one random generator and with one temperature, top_k and top_p,
 and knows neither min_p nor penalties nor stop texts. So requests of equal sampling parameters form
 a group of their own; stop texts are looked for here, and their requests cancelled when they come.
-What has a seed, min_p or a penalty is refused.
+What has a seed, min_p, a penalty or min_tokens is refused.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from transformers import ContinuousBatchingConfig, GenerationConfig
 
 from mokernels.errors import BackendError
 from mokernels.hf.answers import Answer
+from mokernels.hf.engine import Engine
 from mokernels.hf.sampling import SamplingParams
 
 PAGE = 256
@@ -37,20 +38,20 @@ def obstacle(model: Any, params: Sequence[SamplingParams]) -> str | None:
     for row in params:
         if row.seed is not None:
             return "it has no random numbers of one request, and a seed is given"
-        if row.min_p or row.penalized:
-            return "it knows neither min_p nor penalties"
+        if row.min_p or row.penalized or row.min_tokens:
+            return "it knows neither min_p nor penalties nor min_tokens"
     return None
 
 
 def answer_continuously(
-    model: Any, answers: Sequence[Answer], batch: int, finished: Callable[[], None]
+    model: Any, answers: Sequence[Answer], engine: Engine, finished: Callable[[], None]
 ) -> None:
     """Make the answers, each row leaving the batch when it ends and another taking its place.
 
     Args:
         model: a decoder that :func:`obstacle` has nothing against.
         answers: to fill.
-        batch: rows at most.
+        engine: how.
         finished: called for each answer that has ended.
 
     Raises:
@@ -61,7 +62,7 @@ def answer_continuously(
         groups.setdefault(answer.params.filters, []).append(answer)
     for group in groups.values():
         with own_attention(model):
-            _answer_group(model, group, batch, finished)
+            _answer_group(model, group, engine, finished)
 
 
 @contextmanager
@@ -82,11 +83,11 @@ def own_attention(model: Any) -> Iterator[None]:
 
 
 def _answer_group(
-    model: Any, group: Sequence[Answer], batch: int, finished: Callable[[], None]
+    model: Any, group: Sequence[Answer], engine: Engine, finished: Callable[[], None]
 ) -> None:
     manager = model.init_continuous_batching(
         generation_config=_generation_config(group[0].params),
-        continuous_batching_config=_batching_config(model, group, batch),
+        continuous_batching_config=_batching_config(model, group, engine),
     )
     waiting = {str(index): answer for index, answer in enumerate(group)}
     try:
@@ -147,8 +148,15 @@ def _generation_config(params: SamplingParams) -> GenerationConfig:
     )
 
 
-def _batching_config(model: Any, group: Sequence[Answer], batch: int) -> ContinuousBatchingConfig:
+def _batching_config(
+    model: Any, group: Sequence[Answer], engine: Engine
+) -> ContinuousBatchingConfig:
+    batch = engine.max_num_seqs
     options: dict[str, Any] = {"max_requests_per_batch": batch}
+    if engine.gpu_memory_utilization is not None:
+        options["max_memory_percent"] = engine.gpu_memory_utilization
+    if engine.enforce_eager:
+        options["use_cuda_graph"] = False
     if _HAS_SWITCH:
         options["auto_switch_to_flash"] = False
     if model.device.type == "cpu":

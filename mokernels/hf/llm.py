@@ -13,8 +13,9 @@ import torch
 
 from mokernels.errors import ArgumentError
 from mokernels.hf.answers import Answer
-from mokernels.hf.auto import load_model, load_tokenizer
+from mokernels.hf.auto import is_modelopt, load_model, load_tokenizer
 from mokernels.hf.continuous import answer_continuously, obstacle
+from mokernels.hf.engine import Engine, check_parallelism, check_quantization
 from mokernels.hf.padded import answer_padded
 from mokernels.hf.sampling import SamplingParams
 
@@ -78,6 +79,13 @@ class LLM:
         trust_remote_code: as in transformers.
         continuous_batching: ``"auto"`` as above; True insists, False never.
         max_num_seqs: answers that are made at the same time.
+        max_model_len: tokens of a prompt and its answer at most, if fewer than the model's.
+        gpu_memory_utilization: share of the free memory that continuous batching's cache takes.
+        enforce_eager: neither compile nor capture.
+        seed: for torch's global generator, from which answers without a seed draw theirs.
+        quantization: None, or "modelopt" and its variants, as vLLM's users write it; what the
+            format is, the checkpoint says.
+        tensor_parallel_size: 1.
 
     Attributes:
         model: the loaded model.
@@ -99,15 +107,23 @@ class LLM:
         trust_remote_code: bool = False,
         continuous_batching: bool | str = "auto",
         max_num_seqs: int = 64,
+        max_model_len: int | None = None,
+        gpu_memory_utilization: float | None = None,
+        enforce_eager: bool = False,
+        seed: int | None = None,
+        quantization: str | None = None,
+        tensor_parallel_size: int = 1,
     ) -> None:
         if continuous_batching not in (True, False, "auto"):
             raise ArgumentError(
                 f"continuous_batching is {continuous_batching!r}, wanted True, False or 'auto'."
             )
-        if max_num_seqs < 1:
-            raise ArgumentError(f"max_num_seqs is {max_num_seqs}, wanted at least 1.")
+        check_parallelism(tensor_parallel_size)
+        check_quantization(quantization, True, model)
+        self._engine = Engine(max_num_seqs, max_model_len, gpu_memory_utilization, enforce_eager)
         self._continuous = continuous_batching
-        self._batch = max_num_seqs
+        if seed is not None:
+            torch.manual_seed(seed)
         here = tokenizer is not None or os.path.isdir(model)
         if here:  # before the weights, which take long
             self.tokenizer = load_tokenizer(tokenizer or model, trust_remote_code=trust_remote_code)
@@ -118,6 +134,7 @@ class LLM:
             device_map=device_map,
             trust_remote_code=trust_remote_code,
         )
+        check_quantization(quantization, is_modelopt(self.model.config), model)
         if not here:
             self.tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
 
@@ -252,18 +269,19 @@ class LLM:
             )
         wanted = self.model.device.type != "cpu" if self._continuous == "auto" else self._continuous
         if wanted and reason is None:
-            answer_continuously(self.model, answers, self._batch, finished)
+            answer_continuously(self.model, answers, self._engine, finished)
         else:
             pad = self.tokenizer.pad_token_id or 0
-            answer_padded(self.model, answers, self._batch, pad, finished)
+            answer_padded(self.model, answers, self._engine, pad, finished)
 
     def _new_answer(self, ids: Sequence[int], params: SamplingParams, number: int) -> Answer:
-        longest = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        room = (longest or 1 << 31) - len(ids)
+        longest = self._engine.positions(self.model)
+        room = longest - len(ids)
         if not ids or room < 1:
+            whose = "max_model_len" if longest == self._engine.max_model_len else "the model"
             raise ArgumentError(
-                f"A prompt has {len(ids)} tokens, wanted at least 1 and fewer than the model's "
-                f"{longest} positions."
+                f"A prompt has {len(ids)} tokens, wanted at least 1 and fewer than the {longest} "
+                f"positions of {whose}."
             )
         drawn = params.seed is None and not params.greedy
         seed = int(torch.randint(2**62, ())) if drawn else (params.seed or 0) + number

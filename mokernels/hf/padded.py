@@ -17,29 +17,35 @@ from transformers import (
 )
 
 from mokernels.hf.answers import Answer
+from mokernels.hf.engine import Engine
 from mokernels.hf.generate import generate
 from mokernels.hf.sampling import choose, penalized
 
 
 def answer_padded(
-    model: Any, answers: Sequence[Answer], batch: int, pad: int, finished: Callable[[], None]
+    model: Any, answers: Sequence[Answer], engine: Engine, pad: int, finished: Callable[[], None]
 ) -> None:
     """Make the answers, prompts of similar length together.
 
     Args:
         model: a decoder.
         answers: to fill.
-        batch: rows at most.
+        engine: how.
         pad: any token id; it is masked.
         finished: called for each answer that has ended.
     """
     ordered = sorted(answers, key=lambda answer: -len(answer.prompt))
-    for start in range(0, len(ordered), batch):
-        _answer_batch(model, ordered[start : start + batch], pad, finished)
+    for start in range(0, len(ordered), engine.max_num_seqs):
+        rows = ordered[start : start + engine.max_num_seqs]
+        _answer_batch(model, rows, pad, finished, False if engine.enforce_eager else "auto")
 
 
 def _answer_batch(
-    model: Any, rows: Sequence[Answer], pad: int, finished: Callable[[], None]
+    model: Any,
+    rows: Sequence[Answer],
+    pad: int,
+    finished: Callable[[], None],
+    compile: bool | str,
 ) -> None:
     width = max(len(row.prompt) for row in rows)
     lengths = torch.tensor([[len(row.prompt)] for row in rows])
@@ -53,6 +59,8 @@ def _answer_batch(
             logits_processor=LogitsProcessorList([Choice(rows, model.device)]),
             stopping_criteria=StoppingCriteriaList([Watch(rows, finished)]),
             max_new_tokens=max(row.limit for row in rows),
+            compile=compile,
+            cuda_graphs=compile,
         )
 
 
@@ -69,6 +77,7 @@ class Choice(LogitsProcessor):
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Logits [B, V] to -inf but for the chosen tokens; greedy rows alone stay as they are."""
         params = [row.params for row in self._rows]
+        scores = self._without_early_ends(scores)
         if any(choice.penalized for choice in params):
             scores = torch.stack(
                 [
@@ -82,6 +91,20 @@ class Choice(LogitsProcessor):
             return scores
         chosen = choose(scores, params, self._generators)
         return torch.full_like(scores, -torch.inf).scatter_(1, chosen.unsqueeze(1), 0.0)
+
+    def _without_early_ends(self, scores: Tensor) -> Tensor:
+        """End tokens to -inf in rows that have fewer tokens than they are to have at least."""
+        early = [
+            (index, token)
+            for index, row in enumerate(self._rows)
+            if len(row.tokens) < row.params.min_tokens
+            for token in row.end_tokens
+            if token < scores.shape[1]
+        ]
+        if not early:
+            return scores
+        places, ends = torch.tensor(early, device=scores.device).unbind(1)
+        return scores.index_put((places, ends), scores.new_tensor(-torch.inf))
 
 
 class Watch(StoppingCriteria):

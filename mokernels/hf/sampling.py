@@ -15,7 +15,7 @@ GREEDY_BELOW = 1e-5
 """Temperatures below this take the likeliest token each time."""
 
 _REFUSED = {"allowed_token_ids": None, "bad_words": None, "logit_bias": None,
-            "logits_processors": None, "logprobs": None, "min_tokens": 0, "prompt_logprobs": None,
+            "logits_processors": None, "logprobs": None, "prompt_logprobs": None,
             "structured_outputs": None}  # fmt: skip
 """Parameters of vLLM that are not supported, and the value that leaves them out."""
 
@@ -38,13 +38,14 @@ class SamplingParams:
         seed: of this prompt's answers, whatever else is in the batch; answer i has seed + i. None
             draws one by torch's global generator.
         max_tokens: tokens of an answer at most; None for as many as the model has positions.
+        min_tokens: tokens before which no end token is chosen and no stop text is looked for.
         stop: text or texts at which an answer ends; it is cut before them.
         stop_token_ids: tokens at which an answer ends, beside the model's own.
         ignore_eos: go on behind the model's own end tokens.
         include_stop_str_in_output: leave the stop text at the answer's end.
         skip_special_tokens: leave them out of the text.
-        allowed_token_ids, bad_words, logit_bias, logits_processors, logprobs, min_tokens,
-            prompt_logprobs, structured_outputs: of vLLM, and not supported: leave them out.
+        allowed_token_ids, bad_words, logit_bias, logits_processors, logprobs, prompt_logprobs,
+            structured_outputs: of vLLM, and not supported: leave them out.
 
     Raises:
         ArgumentError: a value is out of its range, or a parameter is not supported.
@@ -60,6 +61,7 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     seed: int | None = None
     max_tokens: int | None = 16
+    min_tokens: int = 0
     stop: str | Sequence[str] | None = None
     stop_token_ids: Sequence[int] | None = None
     ignore_eos: bool = False
@@ -70,7 +72,6 @@ class SamplingParams:
     logit_bias: None = None
     logits_processors: None = None
     logprobs: None = None
-    min_tokens: int = 0
     prompt_logprobs: None = None
     structured_outputs: None = None
 
@@ -100,6 +101,11 @@ class SamplingParams:
             ("presence_penalty", -2 <= self.presence_penalty <= 2, "a number from -2 to 2"),
             ("frequency_penalty", -2 <= self.frequency_penalty <= 2, "a number from -2 to 2"),
             ("max_tokens", limit is None or limit >= 1, "at least 1, or None"),
+            (
+                "min_tokens",
+                0 <= self.min_tokens <= (self.min_tokens if limit is None else limit),
+                "at least 0 and at most max_tokens",
+            ),
             ("stop", all(isinstance(text, str) and text for text in strings), "texts, not empty"),
         )
 

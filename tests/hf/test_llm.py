@@ -12,6 +12,8 @@ import mokernels
 from mokernels import LLM, SamplingParams
 from mokernels.errors import ArgumentError, BackendError, CheckpointError
 from mokernels.hf import continuous, llm
+from mokernels.hf.answers import Answer
+from mokernels.hf.engine import Engine
 from tests.demo.tiny import byte_tokenizer, save_model, talkative_model
 from tests.support.models import export
 
@@ -166,7 +168,9 @@ def test_continuous_batching_takes_different_parameters_in_groups(batched):
     assert tokens(batched.generate("a", sure, use_tqdm=False)) == [alone(batched, "a", 3)]
 
 
-@pytest.mark.parametrize("options", [{"seed": 1}, {"min_p": 0.1}, {"presence_penalty": 0.5}])
+@pytest.mark.parametrize(
+    "options", [{"seed": 1}, {"min_p": 0.1}, {"presence_penalty": 0.5}, {"min_tokens": 2}]
+)
 def test_continuous_batching_refuses_what_it_would_not_do(batched, options):
     with pytest.raises(ArgumentError, match="continuous_batching=True cannot be obeyed: it "):
         batched.generate("a", SamplingParams(**options), use_tqdm=False)
@@ -248,7 +252,7 @@ def test_answers_end_where_the_positions_do(padded):
     assert (len(answer.token_ids), answer.finish_reason) == (4, "length")
     for bad in ([40] * 1024, ""):
         with pytest.raises(
-            ArgumentError, match="wanted at least 1 and fewer than the model's 1024"
+            ArgumentError, match="wanted at least 1 and fewer than the 1024 positions of the model"
         ):
             padded.generate(bad, params, use_tqdm=False)
 
@@ -283,8 +287,63 @@ def test_folders_that_cannot_be(folder, tmp_path):
     assert tokens(LLM(bare, tokenizer=folder).generate("a", GREEDY, use_tqdm=False))
     with pytest.raises(ArgumentError, match="continuous_batching is 'yes', wanted True, False"):
         LLM(folder, continuous_batching="yes")
-    with pytest.raises(ArgumentError, match="max_num_seqs is 0, wanted at least 1"):
-        LLM(folder, max_num_seqs=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_num_seqs": 0}, "max_num_seqs is 0, wanted at least 1"),
+        ({"max_model_len": 1}, "max_model_len is 1, wanted at least 2, or None"),
+        (
+            {"gpu_memory_utilization": 1.5},
+            r"gpu_memory_utilization is 1\.5, wanted a share above 0",
+        ),
+        ({"tensor_parallel_size": 2}, "tensor_parallel_size is 2, wanted 1: .* start torchrun"),
+        ({"quantization": "awq"}, "quantization is 'awq', wanted 'modelopt', or None"),
+    ],
+)
+def test_options_that_cannot_be(folder, options, message):
+    with pytest.raises(ArgumentError, match=message):
+        LLM(folder, **options)
+
+
+def test_options_as_users_of_vllm_write_them(folder, tmp_path):
+    options = {"tensor_parallel_size": 1, "gpu_memory_utilization": 0.9, "enforce_eager": True}
+    model = LLM(folder, quantization="modelopt", max_model_len=8, seed=3, **options)
+    longer = SamplingParams(max_tokens=12)
+    (answer,) = model.generate([5, 6, 7], longer, use_tqdm=False)[0].outputs
+    assert (len(answer.token_ids), answer.finish_reason) == (5, "length")
+    torch.manual_seed(3)
+    again = model.generate([5, 6, 7], longer, use_tqdm=False)[0].outputs[0]
+    assert again.token_ids == answer.token_ids
+    with pytest.raises(ArgumentError, match="fewer than the 8 positions of max_model_len"):
+        model.generate([5] * 8, longer, use_tqdm=False)
+    save_model(tmp_path)
+    with pytest.raises(ArgumentError, match=r"was given, but .* holds no checkpoint of ModelOpt's"):
+        LLM(tmp_path, quantization="modelopt")
+
+
+def test_continuous_batching_gets_the_options_too(batched):
+    engine = Engine(7, gpu_memory_utilization=0.4, enforce_eager=True)
+    row = Answer([1], GREEDY, 0, frozenset(), 4, str)
+    config = continuous._batching_config(batched.model, [row], engine)
+    assert config.max_requests_per_batch == 7
+    assert config.max_memory_percent == 0.4
+    assert config.use_cuda_graph is False
+
+
+def test_tokens_at_least(padded):
+    ends = set(tokens(padded.generate(PROMPTS, GREEDY, use_tqdm=False))[0])
+    few = {"temperature": 0, "max_tokens": 12, "stop_token_ids": sorted(ends)}
+    (short,) = tokens(padded.generate(PROMPTS[0], SamplingParams(**few), use_tqdm=False))
+    assert len(short) == 1
+    params = SamplingParams(**few, min_tokens=5)
+    (made,) = tokens(padded.generate(PROMPTS[0], params, use_tqdm=False))
+    assert len(made) >= 6
+    assert not ends & set(made[:5])
+    both = padded.generate(PROMPTS, [params, GREEDY, params], use_tqdm=False)
+    assert tokens(both)[0] == made
+    assert tokens(both)[1] == alone(padded, PROMPTS[1], 12)
 
 
 def test_names_are_the_packages():

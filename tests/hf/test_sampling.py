@@ -95,7 +95,9 @@ def test_greedy_rows_take_the_likeliest():
         ({"max_tokens": 0}, "max_tokens is 0, wanted at least 1, or None"),
         ({"stop": ["a", ""]}, r"stop is \['a', ''\], wanted texts, not empty"),
         ({"logprobs": 0}, "got logprobs, which mokernels does not support"),
-        ({"bad_words": ["x"], "min_tokens": 3}, "got bad_words, min_tokens, which mokernels does"),
+        ({"bad_words": ["x"], "logit_bias": {}}, "got bad_words, logit_bias, which mokernels does"),
+        ({"min_tokens": -1}, "min_tokens is -1, wanted at least 0 and at most max_tokens"),
+        ({"min_tokens": 17}, "min_tokens is 17, wanted at least 0 and at most max_tokens"),
     ],
 )
 def test_parameters_that_cannot_be(options, message):
@@ -109,6 +111,12 @@ def answer(**options) -> Answer:
     return Answer(
         [0], params, 0, frozenset({0}), 99, lambda ids: bytes(ids).decode(errors="replace")
     )
+
+
+def test_stop_texts_count_after_the_least_number_of_tokens():
+    made = answer(stop="a", min_tokens=3)
+    assert [made.add(byte) for byte in b"aaaa"] == [False, False, False, True]
+    assert (made.stopped_by, made.text()) == ("a", "")
 
 
 def test_a_stop_text_may_begin_in_the_middle_of_tokens():
