@@ -78,7 +78,7 @@ def drawn_weight(draw: Draw, kind: str, n: int, k: int, layout: str = "dense") -
 
 def values_of(kind: str, weight: Weight) -> Tensor:
     """The weight in fp32."""
-    return (numerics.mxfp8_weight if kind == "mxfp8" else numerics.fp8_weight)(*weight)
+    return (numerics.dequantize_mxfp8 if kind == "mxfp8" else numerics.dequantize_fp8)(*weight)
 
 
 def large(k: int) -> int:
