@@ -9,16 +9,7 @@ import torch
 
 from mokernels.ops.launch import decode, gemm, linear
 from mokernels.ops.launch.plan import Launch
-from mokernels.ops.target import (
-    CUDA_TARGETS,
-    HIP_TARGETS,
-    SM_80,
-    SM_89,
-    SM_90,
-    SM_100,
-    SM_120,
-    Target,
-)
+from mokernels.ops.target import CUDA_TARGETS, HIP_TARGETS, SM_80, SM_90, Target
 from tests.aot.test_gemv import empty, layout_of_sums, loop_of
 from tests.support import sass
 from tests.support.aot import Case, Compiled, compile_launch
@@ -27,8 +18,14 @@ BF16, FP16, FP32, FP8 = torch.bfloat16, torch.float16, torch.float32, torch.floa
 SHAPES = ((28672, 4096), (1024, 16384), (4097, 4128))
 """N and K of a weight with enough tiles, of one whose K is split, and of one with a tail."""
 SCALES = ("tensor", "channel", "128x128", "mxfp8")
-INSTRUCTIONS_FOR_A_WEIGHT = {SM_80: 6.0, SM_89: 4.2, SM_90: 4.2, SM_100: 4.2, SM_120: 4.2}
-"""Of the main loop, whatever they are."""
+INSTRUCTIONS_FOR_A_WEIGHT = 4.0
+"""Of the main loop, whatever they are. Counted with triton 3.6 and 3.9 on sm_90: 3.2 with scales of
+tensors and channels, 3.3 with blocks, 3.8 with exponents. An H200 has room for 6.8 in the time in
+which it reads a byte."""
+FOR_A_TAIL = 0.5
+"""More of them for loads with masks."""
+FOR_DECODING_BY_BITS = 2.5
+"""More of them without an instruction that converts: counted on sm_80, 5.1 to 6.7 in all."""
 
 
 def product(scales: str, n: int, k: int, target: Target, dtype: torch.dtype = BF16) -> Launch:
@@ -80,8 +77,11 @@ def test_instructions_for_a_weight(case: Case, compiled: Compiled):
     loop = loop_of(compiled)
     weights = weights_of(loop, case.plan().args[2] is not None)
     assert weights % 64 == 0
+    most = INSTRUCTIONS_FOR_A_WEIGHT
+    most += FOR_A_TAIL * (not case.plan().constants["EVEN_K"])
+    most += FOR_DECODING_BY_BITS * (case.target is SM_80)
     found = len(loop) / weights
-    assert found <= INSTRUCTIONS_FOR_A_WEIGHT[case.target], f"{found:.2f}: {sass.count(loop)}"
+    assert found <= most, f"{found:.2f}: {sass.count(loop)}"
 
 
 @pytest.mark.parametrize("target", [SM_80, SM_90], ids=lambda target: target.name)
