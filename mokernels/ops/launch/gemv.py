@@ -46,8 +46,8 @@ def takes_e4m3_gemv(rows: int, dtype: torch.dtype, codes: Tensor, plan_n: int) -
         plan_n: rows of the fused group that the weight belongs to; 0 if it stands alone.
     """
     n, k = codes.shape
-    half = dtype != torch.float32
-    return half and _starts_aligned(codes) and multiplies_row_by_e4m3_gemv(rows, plan_n or n, k)
+    large = multiplies_row_by_e4m3_gemv(rows, plan_n or n, k)
+    return large and dtype != torch.float32 and _starts_aligned(codes)
 
 
 def plan_gemv(
@@ -122,7 +122,7 @@ def _kind_of_scale(block_scale: Tensor | None) -> Kind:
 
 def _starts_aligned(codes: Tensor) -> bool:
     """Whether rows of bytes start at multiples of 16 of them."""
-    return codes.stride(0) % ALIGNMENT == 0 and codes.data_ptr() % ALIGNMENT == 0
+    return bool((codes.stride(0) | codes.data_ptr()) % ALIGNMENT == 0)
 
 
 def _pairs(scale: Tensor) -> Tensor:
