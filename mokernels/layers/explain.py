@@ -13,7 +13,7 @@ from mokernels.layers.linear import QuantizedLinear
 from mokernels.layers.trainable import FakeQuantizedLinear
 from mokernels.ops import tuned
 from mokernels.ops.configs import ANY_M, M_BUCKETS
-from mokernels.ops.layer_kinds import kind_of_layer
+from mokernels.ops.layer_kinds import kind_of_layer, row_is_gemv
 from mokernels.ops.table_files import Key
 from mokernels.ops.target import Target, target_of
 
@@ -111,7 +111,17 @@ def kernel_family(layer: QuantizedLinear, device: torch.device) -> tuple[str, st
 
 
 def triton_family(layer: QuantizedLinear, target: Target) -> tuple[str, str]:
-    """The Triton kernel family of ``layer`` on ``target``, and the reason."""
+    """The Triton kernel family of ``layer`` on ``target``, and the reason.
+
+    One row may have a kernel apart, which the reason says.
+    """
+    kernel, why = _matrix_family(layer, target)
+    if row_is_gemv(layer.format, layer.activation, *_planned_shape(layer), target):
+        why = f"{why}; one row by fp32 multiply-adds, without matrix units"
+    return kernel, why
+
+
+def _matrix_family(layer: QuantizedLinear, target: Target) -> tuple[str, str]:
     weight_only = layer.activation is Activation.NONE
     if layer.format.granularity is Granularity.GROUP:
         if target.has_block_scaled_dot and not weight_only:
@@ -140,8 +150,13 @@ def launch_source(layer: QuantizedLinear, device: torch.device) -> str:
 def _keys(layer: QuantizedLinear, target: Target) -> list[Key]:
     """What tables call the products of a layer with 16-bit activations."""
     kind = kind_of_layer(layer.format, layer.activation, target)
-    n, k = layer.weight.shape[0], layer.weight.shape[1] * layer.format.element.per_item
-    return [Key(kind, rows, layer.plan_n or n, k) for rows in (*M_BUCKETS, ANY_M)]
+    return [Key(kind, rows, *_planned_shape(layer)) for rows in (*M_BUCKETS, ANY_M)]
+
+
+def _planned_shape(layer: QuantizedLinear) -> tuple[int, int]:
+    """N, of the fused group if there is one, and K."""
+    n, items = layer.weight.shape
+    return layer.plan_n or n, items * layer.format.element.per_item
 
 
 def _files(model: nn.Module) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ reaches a sum as long as the matrix instruction stays the same one, which is wha
 Which operand is the M side changes no order where the instruction is one for both sides; it is kept
 all the same, since on Hopper and Blackwell it decides which tiles have the instruction at all.
 
-The GEMV adds its threads' sums at the end, in an order that tile and warps decide: nothing varies.
+GEMVs add their threads' sums at the end, in an order that tile and warps decide: nothing varies.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from functools import cache
 from itertools import product
 
 from mokernels.ops.config_limits import config_ok, is_narrow, narrowed
-from mokernels.ops.config_tables import GemmConfig, Kind, decodes_first, generation
+from mokernels.ops.config_tables import GemmConfig, decodes_first, generation
+from mokernels.ops.kinds import GEMVS, Kind
 from mokernels.ops.target import Target
 
 MOST_CANDIDATES = 24
@@ -71,7 +72,7 @@ def objection(config: GemmConfig, base: GemmConfig, kind: Kind, target: Target) 
         found, wanted = getattr(config, name), getattr(base, name)
         if found != wanted:
             return f"its {name} is {found} and the closed form's is {wanted}, so it adds otherwise"
-    if kind is Kind.GEMV_NVFP4:
+    if kind in GEMVS:
         return "a GEMV adds in an order that its tile and warps decide, so that nothing may vary"
     if not _is_sane(config) or not all(config_ok(c, kind, target) for c in _launched(config)):
         return f"its program does not fit {target.name}"

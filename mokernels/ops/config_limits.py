@@ -9,11 +9,11 @@ from mokernels.ops.config_tables import (
     ANY_M,
     DECODED_FIRST,
     GemmConfig,
-    Kind,
     decodes_first,
     generation,
 )
-from mokernels.ops.quantizing import GEMV_GROUP
+from mokernels.ops.kinds import GEMVS, Kind
+from mokernels.ops.quantizing import E4M3_GEMV_GROUP, GEMV_GROUP
 from mokernels.ops.target import Target
 
 NARROW: int = 128 * 128
@@ -29,7 +29,7 @@ def config_ok(config: GemmConfig, kind: Kind, target: Target) -> bool:
     one_scale = FP8_BLOCK % config.block_k == 0 and FP8_BLOCK % config.block_n == 0
     promotes = config.promote is None or config.block_k % config.promote == 0
     fits = shared_bytes(config, kind, target) <= target.shared_memory
-    whole = kind is not Kind.GEMV_NVFP4 or _is_gemv(config, target)
+    whole = kind not in GEMVS or _is_gemv(config, kind, target)
     by_tma = not config.tma or _goes_by_tma(config, kind, target)
     scaled = one_scale or not block_scales
     return powers_of_two and fits and promotes and whole and by_tma and scaled
@@ -87,10 +87,15 @@ def _goes_by_tma(config: GemmConfig, kind: Kind, target: Target) -> bool:
     return target.has_tma and has_kernel and blocks and not config.swap and config.split is None
 
 
-def _is_gemv(config: GemmConfig, target: Target) -> bool:
-    """Whether a program has one row of x, and each of its threads one group of a step."""
+def _is_gemv(config: GemmConfig, kind: Kind, target: Target) -> bool:
+    """Whether a program has one row of x, and each of its threads one group of a step.
+
+    With scales of 128x128 blocks its rows of the weight have one scale.
+    """
     threads = config.num_warps * (32 if target.backend == "cuda" else 64)
-    return config.block_m == 1 and config.block_k == GEMV_GROUP * threads
+    group = GEMV_GROUP if kind is Kind.GEMV_NVFP4 else E4M3_GEMV_GROUP
+    one_scale = kind is not Kind.GEMV_BLOCK or FP8_BLOCK % config.block_n == 0
+    return config.block_m == 1 and config.block_k == group * threads and one_scale
 
 
 def _stored_bytes(kind: Kind) -> tuple[float, float]:

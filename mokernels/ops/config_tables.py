@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Literal
 
 from mokernels.formats import FP8_BLOCK
+from mokernels.ops.kinds import GEMVS, Kind
 from mokernels.ops.target import Target
 
 Split = Literal["last", "parts", "serial"] | None
@@ -25,33 +25,6 @@ LAST_PROGRAM_SUMS = 32
 """Most sums of a tile for each thread of its last program: with 64 registers spill on sm_89."""
 Generation = Literal["mma", "wgmma", "tcgen05", "mfma"]
 Table = Literal[Generation, "mma_scaled", "bits"]
-
-
-class Kind(enum.Enum):
-    """What is multiplied, in which dtype, and when scales enter."""
-
-    FP8 = "fp8"
-    """E4M3 by E4M3, scales after the sum."""
-    FP8_FAST = "fp8_fast"
-    """The same with Hopper's own accumulator for the whole of K."""
-    FP8_BLOCK = "fp8_block"
-    """E4M3 by E4M3, scales per 128 of K."""
-    HALF_FP8 = "half_fp8"
-    """16-bit by E4M3, scales after the sum."""
-    HALF_BLOCK = "half_block"
-    """16-bit by E4M3, scales per 128 of K."""
-    HALF_NVFP4 = "half_nvfp4"
-    """16-bit by NVFP4, decoded and scaled in registers."""
-    HALF_MXFP8 = "half_mxfp8"
-    """16-bit by MXFP8, decoded and scaled in registers."""
-    GEMV_NVFP4 = "gemv_nvfp4"
-    """One row of 16-bit or fp32 numbers by NVFP4, without a matrix instruction."""
-    FP32 = "fp32"
-    """fp32 by any weight, decoded, with IEEE multiplications."""
-    NVFP4 = "nvfp4"
-    """NVFP4 by NVFP4 on matrix units that apply block scales."""
-    MXFP8 = "mxfp8"
-    """MXFP8 by MXFP8 on matrix units that apply block scales."""
 
 
 @dataclass(frozen=True)
@@ -151,8 +124,9 @@ def _rows_of(kind: Kind, target: Target, tma: bool, invariant: bool) -> Rows:
         return ()
     if kind is Kind.FP32:
         return _FP32
-    if kind is Kind.GEMV_NVFP4:
-        return _GEMV if target.backend == "cuda" else _GEMV_OF_64_THREADS
+    if kind in GEMVS:
+        gemv = _GEMV if kind is Kind.GEMV_NVFP4 else _GEMV_E4M3
+        return gemv if target.backend == "cuda" else _of_64_threads(gemv)
     table = _table(kind, target)
     rows = _TABLES[table][kind]
     by_tma = _BY_TMA.get((table, kind), ()) if tma else ()
@@ -201,6 +175,11 @@ def _promoted(rows: Rows) -> Rows:
     return tuple((end, replace(config, promote=FP8_BLOCK)) for end, config in rows)
 
 
+def _of_64_threads(rows: Rows) -> Rows:
+    """The same rows for warps of 64 threads, of which half as many make the same threads."""
+    return tuple((end, replace(config, num_warps=config.num_warps // 2)) for end, config in rows)
+
+
 # Chosen by compiling: no spills, 128-bit loads, the widest matrix instruction, on triton 3.6 and
 # 3.9. Register pressure is what limits tiles: block scales take twice the accumulators.
 _FP32: Rows = (_row(16, 16, 32, 32, 4, 3), _row(ANY_M, 32, 32, 32, 8, 2))
@@ -208,7 +187,8 @@ _FP32: Rows = (_row(16, 16, 32, 32, 4, 3), _row(ANY_M, 32, 32, 32, 8, 2))
 # Small programs of few warps: the fastest tile of a prototype on an H100 for 28672 x 4096, with two
 # partial sums there, whose reduction was not counted.
 _GEMV: Rows = (_row(ANY_M, 1, 4, 2048, 2, 1),)
-_GEMV_OF_64_THREADS: Rows = (_row(ANY_M, 1, 4, 2048, 1, 1),)
+# The same threads and bytes; not measured yet.
+_GEMV_E4M3: Rows = (_row(ANY_M, 1, 4, 1024, 2, 1),)
 
 # E4M3 decoded by bits to fp16, both operands: targets without an FP8 matrix instruction.
 _BITS: Rows = (

@@ -11,8 +11,8 @@ rows of a table agree in ``block_k`` and ``promote``, so that for one kind and t
 Tuning may vary everything else without changing a bit: ``block_m``, ``block_n``, ``group_m``,
 ``num_warps``, ``num_stages`` and ``swap`` (which operand is the M side of the instruction). That
 holds because no kernel sums over K inside a program other than by the matrix instruction and by
-adding its results. The GEMV is the exception, its threads' sums being added at the end: it has one
-configuration for a target, whatever the shape, and ``block_k`` tells the number of threads. Who
+adding its results. GEMVs are the exception, their threads' sums being added at the end: each has
+one configuration for a target, whatever the shape, and ``block_k`` tells the number of threads. Who
 adds the partial sums, the last program of a tile or a second launch (:attr:`GemmConfig.split`),
 changes no bit either.
 
@@ -46,13 +46,13 @@ from mokernels.ops.config_tables import (
     ANY_M,
     DECODED_FIRST,
     GemmConfig,
-    Kind,
     ceil_div,
     decodes_first,
     generation,
     rows_of,
     serial_bucket,
 )
+from mokernels.ops.kinds import GEMVS, Kind
 from mokernels.ops.target import Target
 
 __all__ = [
@@ -112,7 +112,7 @@ def choose(
         invariant: add in the same order for every ``m``, that of one row.
     """
     chosen = _choose_invariant if invariant else _choose
-    rows = 1 if kind is Kind.GEMV_NVFP4 else bucket(m)
+    rows = 1 if kind in GEMVS else bucket(m)
     return chosen(kind, rows, plan_n or n, k, target)
 
 
@@ -222,7 +222,7 @@ def _split(config: GemmConfig, kind: Kind, m: int, n: int, k: int, target: Targe
 
 
 def _programs_per_processor(kind: Kind, m: int, target: Target) -> float:
-    if kind is Kind.GEMV_NVFP4:
+    if kind in GEMVS:
         return GEMVS_PER_PROCESSOR
     decodes = kind in (Kind.HALF_FP8, Kind.HALF_BLOCK, Kind.HALF_NVFP4, Kind.HALF_MXFP8)
     if decodes and m <= M_BUCKETS[0] and generation(target) == "wgmma":

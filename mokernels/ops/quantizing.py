@@ -26,9 +26,15 @@ TOKEN_K_IN_GEMM = 1024
 for every 1000, and a launch that quantizes 1.5 us."""
 
 GEMV_GROUP = 32
-"""Weights that a GEMV loads at once, for one row: 16 bytes."""
+"""NVFP4 weights that a thread of a GEMV loads at once: 16 bytes."""
+E4M3_GEMV_GROUP = 16
+"""The same of E4M3 weights."""
 WEIGHTS_WORTH_A_LAUNCH = 1 << 22
 """Fewest NVFP4 weights of which a GEMV saves more time than a launch that quantizes costs."""
+E4M3_WEIGHTS_WORTH_A_GEMV = 3 << 22
+"""Fewest E4M3 weights that one row is multiplied by without matrix units: an estimate, not measured
+on any GPU yet. Reading so many takes 3 to 4 us at the bandwidth of an H200, of which a product by
+tl.dot has been seen to reach 28 to 60 %; smaller weights wait for launches and not for memory."""
 
 
 def quantizes_in_gemm(
@@ -99,6 +105,20 @@ def multiplies_row_by_gemv(m: int, n: int, k: int, quantized: bool) -> bool:
     """
     worthwhile = not quantized or n * k >= WEIGHTS_WORTH_A_LAUNCH
     return m == 1 and k % GEMV_GROUP == 0 and worthwhile
+
+
+def multiplies_row_by_e4m3_gemv(m: int, n: int, k: int) -> bool:
+    """Whether a product of 16-bit floats by an E4M3 weight is a GEMV by fp32 multiply-adds.
+
+    The answer does not depend on whether the activations were quantized, to MXFP8: it is the same
+    for a linear operator and for the quantizer and the product that it consists of.
+
+    Args:
+        m: rows of the activations.
+        n: rows of the weight; of the fused group, if it belongs to one.
+        k: elements that are summed; also where no block of scales ends there.
+    """
+    return m == 1 and k % E4M3_GEMV_GROUP == 0 and n * k >= E4M3_WEIGHTS_WORTH_A_GEMV
 
 
 def _fits(x_bytes: int, config: GemmConfig, target: Target) -> bool:

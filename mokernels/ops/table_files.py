@@ -26,7 +26,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mokernels.errors import MokernelsError
-from mokernels.ops.config_tables import ANY_M, GemmConfig, Kind
+from mokernels.ops.config_tables import ANY_M, GemmConfig
+from mokernels.ops.kinds import Kind
 
 SCHEMA = 1
 """Version of the layout of these files."""

@@ -13,7 +13,10 @@ from mokernels.ops.target import SM_89, SM_90, Target
 from tests.aot import test_split_k
 from tests.support.aot import Case, Compiled, compile_launch
 
-MODULES = ("gemm", "gemm_persistent", "gemm_quantizing", "gemm_row", "gemv", "quantize", "fused")
+MODULES = (
+    *("gemm", "gemm_persistent", "gemm_quantizing", "gemm_row", "gemv", "gemv_e4m3"),
+    *("quantize", "fused"),
+)
 ACCESS = re.compile(r"^\s*(?:@\S+\s+)?(?:ld\.global|st\.global|cp\.async|red|atom)", re.MULTILINE)
 
 
@@ -35,8 +38,8 @@ CASES = list(every_kernel(SM_90))
 def test_every_kernel_is_looked_at():
     assert {case.name for case in CASES} >= {
         *("gemm_epilogue", "gemm_block", "gemm_decode", "gemm_persistent", "gemm_quantizing"),
-        *("gemv_nvfp4", "reduce_splits", "quantize_static", "quantize_rows", "quantize_blocks"),
-        *("norm_quantize", "gated_quantize", "dequantize_blocks"),
+        *("gemv_nvfp4", "gemv_e4m3", "reduce_splits", "quantize_static", "quantize_rows"),
+        *("quantize_blocks", "norm_quantize", "gated_quantize", "dequantize_blocks"),
     }
 
 

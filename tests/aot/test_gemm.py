@@ -26,6 +26,7 @@ from mokernels.ops.configs import (
     choose_without_tma,
 )
 from mokernels.ops.kernels.reduce import parts_at_once
+from mokernels.ops.kinds import GEMVS
 from mokernels.ops.launch import decode, gemm
 from mokernels.ops.launch.plan import Launch
 from mokernels.ops.target import (
@@ -45,7 +46,7 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 FP8, U8 = torch.float8_e4m3fn, torch.uint8
 K = 4096
 ROWS = (2, 32, 64, 128, 256, 512, 2048)
-"""One M of every bucket; one row alone may go elsewhere (test_gemv.py)."""
+"""One M of every bucket; one row alone may go elsewhere (test_gemv.py, test_gemv_e4m3.py)."""
 WEIGHTS = (28672, 4096)
 """N of a weight with enough tiles, and of one whose K is split for few rows."""
 
@@ -240,7 +241,7 @@ def test_every_configuration_is_compiled():
                 for case in CASES
                 if (case.target, case.kind) == (target, kind)
             }
-            elsewhere = kind in (Kind.FP32, Kind.GEMV_NVFP4)
+            elsewhere = kind in (Kind.FP32, *GEMVS)
             wanted = {config for config in chosen if not config.tma}
             assert elsewhere or compiled == wanted, (target.name, kind)
 

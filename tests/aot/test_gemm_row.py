@@ -14,9 +14,9 @@ from tests.support import sass
 from tests.support.aot import Case, Compiled, compile_launch
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-SHAPES = {"nvfp4": ((12288, 256), (960, 4096)), "mxfp8": ((28672, 4096), (1024, 4096))}
-"""N and K of a weight with enough tiles, and of one whose K is split; larger ones of NVFP4 take two
-launches (test_gemv.py)."""
+SHAPES = {"nvfp4": ((12288, 256), (960, 4096)), "mxfp8": ((12288, 512), (1024, 4096))}
+"""N and K of a weight with enough tiles, and of one whose K is split; larger ones take two launches
+(test_gemv.py, test_gemv_e4m3.py)."""
 MATRIX_INSTRUCTION = {SM_80: "HMMA", SM_89: "HMMA", SM_90: "HGMMA"}
 """But for few rows by NVFP4 Hopper's is a warp's own."""
 

@@ -13,12 +13,14 @@ import pytest
 from mokernels.ops import config_tables
 from mokernels.ops.launch.plan import Launch
 from mokernels.ops.target import CUDA_TARGETS, HIP_TARGETS, Target
-from tests.aot import test_gemm, test_gemm_quantizing, test_gemv
+from tests.aot import test_gemm, test_gemm_quantizing, test_gemv, test_gemv_e4m3
 from tests.support import sass
 from tests.support.aot import Case, Compiled, compile_launch
 
+MODULES = (test_gemm, test_gemm_quantizing, test_gemv, test_gemv_e4m3)
 KERNELS = (
     "gemv_nvfp4",
+    "gemv_e4m3",
     "gemm_native",
     "gemm_epilogue",
     "gemm_quantizing",
@@ -30,7 +32,7 @@ KERNELS = (
 def cases() -> Iterator[Case]:
     """Each kernel that splits K, on two targets that have it; its largest tile."""
     found: dict[tuple[str, Target], tuple[int, Case]] = {}
-    for case in (*test_gemm.CASES, *test_gemm_quantizing.CASES, *test_gemv.CASES):
+    for case in (case for module in MODULES for case in module.CASES):
         launch = case.plan()
         tile = launch.constants.get("BLOCK_M", 1) * launch.constants["BLOCK_N"]
         if launch.constants.get("SPLIT") == "last":
@@ -50,8 +52,7 @@ CASES = list(cases())
 def test_every_kernel_that_splits_k_is_compiled():
     assert len(CASES) == 2 * len(KERNELS)
     assert {case.target for case in CASES} == set(CUDA_TARGETS)
-    every = (*test_gemm.CASES, *test_gemm_quantizing.CASES, *test_gemv.CASES)
-    launches = (case.plan() for case in every)
+    launches = (case.plan() for module in MODULES for case in module.CASES)
     split = {one.kernel.__name__ for one in launches if one.constants.get("SPLIT") == "last"}
     assert split == set(KERNELS)
 
@@ -70,7 +71,7 @@ def test_the_last_program_is_told_by_one_atomic(case: Case, compiled: Compiled):
     assert last_store < last_barrier
     assert after.index("bar.sync") < after.index("ld.global.cg")
     assert "ld.global" not in after.replace("ld.global.cg", "").split("st.global")[0]
-    # Partial sums come from where processors meet, the L2 cache; the GEMV has too few for more
+    # Partial sums come from where processors meet, the L2 cache; a GEMV has too few for more
     # than a number at a time.
     wide = case.plan().constants.get("BLOCK_M", 1) > 1
     loads = [i for i in sass.instructions(compiled.sass) if i.opcode.startswith("LDG")]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from types import SimpleNamespace
@@ -27,7 +28,8 @@ from mokernels.compile.fusion import FusionPass
 from mokernels.compile.graph import name_of
 from mokernels.formats import FORMATS, Activation
 from mokernels.layers import Siblings, finish_loading, make_layer
-from mokernels.ops import launch
+from mokernels.ops import launch, quantizing
+from mokernels.ops.launch.plan import Launch
 from mokernels.ops.target import Target
 from tests.kernels.products import TARGETS
 from tests.support.compare import assert_same_bits
@@ -228,6 +230,40 @@ def test_sharing_and_merging_change_no_bit(device, kind, m, target) -> None:
     (wanted,) = Launched(eager.graph, target).run(*eager.inputs_for(m))
     (found,) = Launched(after, target).run(*block.inputs_for(m))
     assert_same_bits(found, wanted)
+
+
+GEMV_KINDS = ("FP8 weight-only", "MXFP8", "MXFP8 weight-only")
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.name)
+@pytest.mark.parametrize("kind", GEMV_KINDS)
+def test_one_row_without_matrix_units_has_one_result_too(device, kind, target, monkeypatch) -> None:
+    monkeypatch.setattr(quantizing, "E4M3_WEIGHTS_WORTH_A_GEMV", 2 * INNER * K)
+    eager = captured(kind, device, bias=True, laid=False)
+    block = captured(kind, device, bias=True, laid=True)
+    after = rewritten(block.graph, target, WITHOUT_PRODUCERS)
+    with counted_gemvs() as counts:
+        (wanted,) = Launched(eager.graph, target).run(*eager.inputs_for(1))
+        (found,) = Launched(after, target).run(*block.inputs_for(1))
+    # Projections of one input are large enough together: five before, merged to two.
+    native = kind == "MXFP8" and target.has_block_scaled_dot
+    assert counts == ([] if native else ["gemv_e4m3"] * (5 + 2))
+    assert_same_bits(found, wanted)
+
+
+@contextmanager
+def counted_gemvs() -> Iterator[list[str]]:
+    """Names of the GEMVs that are launched."""
+    names: list[str] = []
+    stock = Launch.run
+
+    def run(self: Launch, dependent: bool = False) -> None:
+        if self.kernel.__name__.startswith("gemv"):
+            names.append(self.kernel.__name__)
+        stock(self, dependent)
+
+    with mock.patch.object(Launch, "run", run):
+        yield names
 
 
 # The kernels add the squares of a norm in another order than torch: where the last bit of a norm

@@ -13,7 +13,7 @@ from mokernels.ops import config_tables
 from mokernels.ops.configs import choose
 from mokernels.ops.launch import decode, gemm, gemv, linear, quantizing
 from mokernels.ops.launch.product import Planned, run
-from mokernels.ops.quantizing import TOKEN_K_IN_GEMM
+from mokernels.ops.quantizing import E4M3_WEIGHTS_WORTH_A_GEMV, TOKEN_K_IN_GEMM
 from mokernels.ops.target import SM_80, SM_90, SM_100, Target
 from tests.kernels.products import BF16, FP32, TARGETS, Draw
 from tests.support.compare import assert_same_bits
@@ -59,6 +59,12 @@ def one_row(draw: Draw, m: int, n: int, k: int, target: Target) -> Planned:
     return decode.plan_nvfp4_decode(draw.normal(1, k, dtype=BF16), *weight, *tail, target=target)
 
 
+def one_row_of_e4m3(draw: Draw, m: int, n: int, k: int, target: Target) -> Planned:
+    weight = (draw.e4m3(n, k), draw.exponents(n, k // 32), draw.bias(n, BF16))
+    x, plan_n = draw.normal(1, k, dtype=BF16), E4M3_WEIGHTS_WORTH_A_GEMV // k + 1
+    return decode.plan_mxfp8_decode(x, *weight, FP32, plan_n, target=target)
+
+
 # Each kernel that splits K, on a target that has it; a GPU runs those that it has itself.
 FAMILIES: dict[str, tuple[Plan, Target]] = {
     "gemm_epilogue": (epilogue, SM_80),
@@ -67,6 +73,7 @@ FAMILIES: dict[str, tuple[Plan, Target]] = {
     "gemm_native": (native, SM_100),
     "gemm_quantizing": (quantizing_rows, SM_90),
     "gemv_nvfp4": (one_row, SM_80),
+    "gemv_e4m3": (one_row_of_e4m3, SM_90),
 }
 every_family = pytest.mark.parametrize("family", FAMILIES)
 
@@ -116,7 +123,12 @@ def workspace(planned: Planned) -> tuple[Tensor, Tensor, Tensor]:
 
 
 # All that fit one tile of a kernel, with rows to spare; and two tiles of rows.
-ROWS = {"gemv_nvfp4": (1,), "gemm_quantizing": (1, 16), "gemm_epilogue": (1, 2, 17, 64)}
+GEMVS = ("gemv_nvfp4", "gemv_e4m3")
+ROWS = {
+    **dict.fromkeys(GEMVS, (1,)),
+    "gemm_quantizing": (1, 16),
+    "gemm_epilogue": (1, 2, 17, 64),
+}
 FAMILIES_AND_ROWS = [(name, m) for name in FAMILIES for m in ROWS.get(name, (1, 33))]
 
 
@@ -167,7 +179,7 @@ def test_every_tile_has_a_counter(device):
     assert not counters.any()
 
 
-@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "gemv_nvfp4"])
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name not in GEMVS])
 def test_no_rows(device, family):
     assert run(product(device, family, 0)).shape == (0, N)
 

@@ -20,9 +20,9 @@ from mokernels.ops.target import CUDA_TARGETS, HIP_TARGETS, SM_80, SM_90, SM_100
 explaining = sys.modules["mokernels.layers.explain"]  # the function hides the module
 
 
-def layer(format, activation=None):
+def layer(format, activation=None, k=256, n=128):
     row = FORMATS[format]
-    return linear_class(row)(row, 256, 128, activation=activation, device="meta")
+    return linear_class(row)(row, k, n, activation=activation, device="meta")
 
 
 @pytest.mark.parametrize("target", [*CUDA_TARGETS, *HIP_TARGETS], ids=lambda t: t.name)
@@ -52,6 +52,30 @@ def test_kernels_and_reasons(format, activation, target, kernel, why):
     found, reason = triton_family(layer(format, activation), target)
     assert found == kernel
     assert why in reason
+
+
+@pytest.mark.parametrize(
+    ("format", "activation", "target", "apart"),
+    [
+        ("FP8", None, SM_90, False),
+        ("FP8", Activation.NONE, SM_90, True),
+        ("FP8_PER_CHANNEL_PER_TOKEN", Activation.NONE, SM_80, True),
+        ("FP8_PB_WO", None, SM_100, True),
+        ("FP8_PB_WO", Activation.FP8_BLOCK, SM_90, False),
+        ("MXFP8", None, SM_90, True),
+        ("MXFP8", None, SM_100, False),
+        ("MXFP8", Activation.NONE, SM_100, True),
+        ("NVFP4", None, SM_90, True),
+        ("NVFP4", None, SM_120, False),
+    ],
+)
+def test_it_says_where_one_row_goes_apart(format, activation, target, apart):
+    large, small = (layer(format, activation, 4096, n) for n in (4096, 128))
+    reasons = [triton_family(one, target)[1] for one in (large, small)]
+    weight_only_nvfp4 = format == "NVFP4" and activation is Activation.NONE
+    assert ["one row by fp32 multiply-adds" in why for why in reasons] == [apart, weight_only_nvfp4]
+    small.plan_n = 4096  # of the group it belongs to
+    assert ("one row by" in triton_family(small, target)[1]) == apart
 
 
 def test_on_the_cpu_the_reference_runs():

@@ -17,6 +17,7 @@ from mokernels.ops.candidates import (
 from mokernels.ops.config_limits import config_ok, narrowed
 from mokernels.ops.config_tables import DECODED_FIRST, GemmConfig
 from mokernels.ops.configs import M_BUCKETS, Kind, all_configs, choose
+from mokernels.ops.kinds import GEMVS
 from mokernels.ops.target import SM_80, SM_90, SM_100
 from tests.ops.test_configs import ANY_M, CHOICES, MATRIX_CHOICES, name
 
@@ -54,13 +55,12 @@ def test_there_is_something_to_try(target, kind):
     assert max(len(found) for _, found in cases(kind, target)) >= 6
 
 
-def test_nothing_varies_in_a_gemv():
-    base = choose(Kind.GEMV_NVFP4, 1, 28672, 4096, SM_90)
-    assert candidates_of(base, Kind.GEMV_NVFP4, SM_90) == (base,)
+@pytest.mark.parametrize("kind", GEMVS, ids=name)
+def test_nothing_varies_in_a_gemv(kind):
+    base = choose(kind, 1, 28672, 4096, SM_90)
+    assert candidates_of(base, kind, SM_90) == (base,)
     wider = replace(base, block_n=8)
-    assert "in an order that its tile and warps decide" in objection(
-        wider, base, Kind.GEMV_NVFP4, SM_90
-    )
+    assert "in an order that its tile and warps decide" in objection(wider, base, kind, SM_90)
 
 
 BASE = choose(Kind.FP8, 256, 4096, 4096, SM_90)
@@ -147,4 +147,4 @@ def test_every_choice_of_a_table_is_its_own_candidate():
     for target, kind in CHOICES:
         for config in all_configs(target)[kind]:
             assert objection(config, config, kind, target) is None
-            assert kind is Kind.GEMV_NVFP4 or instruction_rows(config, kind, target) > 0
+            assert kind in GEMVS or instruction_rows(config, kind, target) > 0

@@ -25,6 +25,7 @@ from mokernels.ops.configs import (
     choose_without_tma,
     kind_of_fp8,
 )
+from mokernels.ops.kinds import GEMVS
 from mokernels.ops.target import (
     CUDA_TARGETS,
     HIP_TARGETS,
@@ -40,7 +41,7 @@ TARGETS = (*CUDA_TARGETS, *HIP_TARGETS, Target("xpu", "xpu", 128, 64 * 1024))
 CHOICES = [(target, kind) for target in TARGETS for kind in all_configs(target)]
 BY_WARPS = (SM_90, Kind.HALF_NVFP4)
 """Where few rows are multiplied by an instruction that only one warp takes part in."""
-MATRIX_CHOICES = [choice for choice in CHOICES if choice[1] is not Kind.GEMV_NVFP4]
+MATRIX_CHOICES = [choice for choice in CHOICES if choice[1] not in GEMVS]
 
 targets_and_kinds = st.sampled_from(CHOICES)
 rows = st.integers(0, 3000) | st.sampled_from([*M_BUCKETS, *(end + 1 for end in M_BUCKETS)])
@@ -62,8 +63,10 @@ def test_every_configuration_is_legal(target, kind):
 
 @pytest.mark.parametrize("target", TARGETS, ids=name)
 def test_there_are_few_configurations(target):
-    # Every one of them is compiled and tuned for; 45 is what a test run can afford.
-    assert 10 <= sum(len(configs) for configs in all_configs(target).values()) <= 45
+    # Every one of them is compiled and tuned for; 45 is what a test run can afford. GEMVs have one
+    # each, of which nothing may vary.
+    found = all_configs(target)
+    assert 10 <= sum(len(found[kind]) for kind in found if kind not in GEMVS) <= 45
 
 
 @given(targets_and_kinds, rows, columns, inner, processors)
@@ -161,7 +164,7 @@ def test_no_partial_sum_is_left_over():
 def test_few_rows_are_the_n_side_where_the_m_side_has_64(target):
     for kind in all_configs(target):
         config = choose(kind, 1, 4096, 4096, target, invariant=True)
-        assert config.swap == (kind not in (Kind.FP32, Kind.GEMV_NVFP4)), kind
+        assert config.swap == (kind not in (Kind.FP32, *GEMVS)), kind
 
 
 def test_few_rows_by_nvfp4_are_multiplied_by_single_warps_on_hopper():
@@ -234,17 +237,36 @@ def test_tma_is_legal_where_it_exists(target):
     assert target.has_tma == (target in (SM_90, SM_100, SM_120))
 
 
+@pytest.mark.parametrize("kind", GEMVS, ids=name)
 @pytest.mark.parametrize("target", TARGETS, ids=name)
-def test_a_gemv_has_one_configuration(target):
+def test_a_gemv_has_one_configuration(target, kind):
     # Its threads' sums are added at the end: another tile or number of warps is another order.
-    (config,) = all_configs(target)[Kind.GEMV_NVFP4]
+    (config,) = all_configs(target)[kind]
     for change in ({"num_warps": 4}, {"block_k": 4096}, {"block_m": 16}):
-        assert not config_ok(replace(config, **change), Kind.GEMV_NVFP4, target)
+        assert not config_ok(replace(config, **change), kind, target)
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=name)
+def test_gemvs_of_all_devices_have_one_tile(target):
+    tiles = {kind: all_configs(target)[kind][0] for kind in GEMVS}
+    assert {(c.block_m, c.block_n, c.block_k) for k, c in tiles.items() if k in E4M3_GEMVS} == {
+        (1, 4, 1024)
+    }
+    threads = {config.num_warps for config in tiles.values()}
+    assert threads == {2 if target.backend == "cuda" else 1}
+    # Its rows share the scales of 128x128 blocks.
+    wide = replace(tiles[Kind.GEMV_BLOCK], block_n=256)
+    assert not config_ok(wide, Kind.GEMV_BLOCK, target)
+
+
+E4M3_GEMVS = (Kind.GEMV_FP8, Kind.GEMV_BLOCK, Kind.GEMV_MXFP8)
 
 
 def test_a_gemv_is_split_where_its_programs_are_few_and_long():
     for (n, k), split in {(28672, 4096): 1, (1024, 16384): 2, (1024, 8192): 1}.items():
         assert choose(Kind.GEMV_NVFP4, 1, n, k, SM_90).split_k == split
+    for (n, k), split in {(28672, 4096): 1, (1024, 16384): 4, (4096, 4096): 1}.items():
+        assert {choose(kind, 1, n, k, SM_90).split_k for kind in E4M3_GEMVS} == {split}
 
 
 def test_shared_memory_is_counted_in_bytes_of_the_operands():

@@ -10,11 +10,13 @@ from hypothesis import strategies as st
 
 from mokernels.ops.configs import M_BUCKETS, Kind, choose
 from mokernels.ops.quantizing import (
+    E4M3_WEIGHTS_WORTH_A_GEMV,
     STATIC_ROWS_IN_GEMM,
     TOKEN_K_IN_GEMM,
     TOKEN_ROWS_IN_GEMM,
     WEIGHTS_WORTH_A_LAUNCH,
     Activations,
+    multiplies_row_by_e4m3_gemv,
     multiplies_row_by_gemv,
     quantizes_in_gemm,
 )
@@ -106,3 +108,13 @@ def test_a_quantized_row_is_one_where_that_is_worth_a_launch():
     least = WEIGHTS_WORTH_A_LAUNCH // K
     answers = [multiplies_row_by_gemv(1, n, K, quantized=True) for n in (least - 1, least, 28672)]
     assert answers == [False, True, True]
+
+
+def test_one_row_by_a_large_e4m3_weight_is_a_gemv():
+    least = E4M3_WEIGHTS_WORTH_A_GEMV // K
+    assert E4M3_WEIGHTS_WORTH_A_GEMV == 12_582_912 == least * K
+    answers = [multiplies_row_by_e4m3_gemv(1, n, K) for n in (least - 1, least, 28672)]
+    assert answers == [False, True, True]
+    assert not multiplies_row_by_e4m3_gemv(2, 28672, K)
+    assert multiplies_row_by_e4m3_gemv(1, 28672, K + 16)
+    assert not multiplies_row_by_e4m3_gemv(1, 28672, K + 8)

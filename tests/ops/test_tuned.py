@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from mokernels.ops import configs, table_files, tuned
-from mokernels.ops.config_tables import ANY_M, Kind
+from mokernels.ops.config_tables import ANY_M
+from mokernels.ops.kinds import Kind
 from mokernels.ops.table_files import Key, Table, TableError, Winner, read_table, write_table
 from mokernels.ops.target import SM_90
 

@@ -18,8 +18,8 @@ def emulate(assembly: str, outputs: int) -> Callable[..., tuple[np.ndarray, ...]
     """What a block of PTX computes, on words of 32 bits: $0 and so on are outputs, then inputs.
 
     Args:
-        assembly: instructions that :data:`_WORD_OPERATIONS` lists, unpacking moves and conversions
-            from fp16 to fp32; anything else is refused.
+        assembly: instructions that :data:`_WORD_OPERATIONS` lists, unpacking moves, conversions
+            from fp16 to fp32 and from two E4M3 codes to fp16; anything else is refused.
         outputs: how many there are.
     """
     lines = [line.strip(" {}\n") for line in assembly.strip(" {}\n").split(";")]
@@ -44,6 +44,8 @@ def _step(operation: str, operands: str, registers: Registers) -> None:
         registers[names[1]] = (word >> np.uint32(16)).astype(np.uint16)
     elif operation == "cvt.f32.f16":
         registers[names[0]] = registers[names[1]].view(np.float16).astype(np.float32)
+    elif operation == "cvt.rn.f16x2.e4m3x2":
+        registers[names[0]] = _pair(*(_e4m3(registers[names[1]], s) for s in (0, 8)), torch.float16)
     elif operation in _WORD_OPERATIONS:
         values = [registers[n] if n in registers else np.uint32(int(n, 0)) for n in names[1:]]
         registers[names[0]] = _WORD_OPERATIONS[operation](*values)
@@ -56,6 +58,12 @@ def _pair(low: np.ndarray, high: np.ndarray, dtype: torch.dtype) -> np.ndarray:
     rounded = [torch.from_numpy(np.ascontiguousarray(v)).to(dtype) for v in (low, high)]
     bits = [v.view(torch.int16).numpy().view(np.uint16).astype(np.uint32) for v in rounded]
     return bits[0] | bits[1] << np.uint32(16)
+
+
+def _e4m3(pairs: np.ndarray, shift: int) -> np.ndarray:
+    """The code at a bit of each word of 16 bits, in fp32."""
+    codes = (pairs >> np.uint16(shift) & np.uint16(0xFF)).astype(np.uint8)
+    return torch.from_numpy(np.atleast_1d(codes)).view(torch.float8_e4m3fn).float().numpy()
 
 
 def _fma_of_pairs(dtype: torch.dtype) -> Callable[..., np.ndarray]:
@@ -130,10 +138,12 @@ _WORD_OPERATIONS: Mapping[str, Callable[..., np.ndarray]] = MappingProxyType(
 def register_kernels() -> None:
     """Models of the assembly in mokernels' kernels."""
     from mokernels.ops.kernels.gemv import DECODE_WORD
+    from mokernels.ops.kernels.gemv_e4m3 import DECODE_FOUR
     from mokernels.ops.kernels.words import BF16_PAIRS, BF16_TWICE, FP16_PAIRS, FP16_TWICE
 
     for block, outputs in (
         (DECODE_WORD, 8),
+        (DECODE_FOUR, 4),
         (BF16_PAIRS, 4),
         (FP16_PAIRS, 4),
         (BF16_TWICE, 1),

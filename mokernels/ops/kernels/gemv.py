@@ -6,10 +6,9 @@ that are neighbours in K side by side in a register, which takes most of them; a
 
 A thread takes groups of 32 weights, the 16 bytes of one load, of each of the program's rows. Code j
 of the 8 in a word lies in bits 4 j to 4 j + 3: those of even j are moved at once, and those of odd
-j. Everything that depends on a column has the shape [rows, groups], one group for each thread:
-nothing passes through shared memory until the threads' sums are added at the end. The order of that
-addition is fixed by the number of threads, which BLOCK_K fixes in turn (config_limits.config_ok);
-no row depends on how many others there are.
+j. The threads' sums are added at the end (gemv_loads.py). The order of that addition is fixed by
+the number of threads, which BLOCK_K fixes in turn (config_limits.config_ok); no row depends on how
+many others there are.
 """
 
 import triton
@@ -17,6 +16,7 @@ import triton.language as tl
 
 from mokernels.ops.kernels.dependents import wait_for_inputs
 from mokernels.ops.kernels.elements import decode_e4m3
+from mokernels.ops.kernels.gemv_loads import halves, load_eight, load_fours
 from mokernels.ops.kernels.reduce import finish
 from mokernels.ops.kernels.tiles import (
     indices,
@@ -66,18 +66,6 @@ DECODE_WORD: tl.constexpr = tl.constexpr(
 
 
 @triton.jit
-def halves(words, DTYPE: tl.constexpr):
-    """Fp32 values of the two bf16 or fp16 numbers in uint32 words, the low half first."""
-    if DTYPE == tl.bfloat16:
-        low = (words << 16).to(tl.float32, bitcast=True)
-        high = (words & 0xFFFF0000).to(tl.float32, bitcast=True)
-    else:
-        low = words.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
-        high = (words >> 16).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
-    return low, high
-
-
-@triton.jit
 def decode_word(words, PTX: tl.constexpr):
     """The 8 codes of uint32 words, in the order of K, as fp32 code * 2 ** -14; exact.
 
@@ -115,57 +103,6 @@ def decode_word(words, PTX: tl.constexpr):
 
 
 @triton.jit
-def load_fours(
-    rows,
-    k,
-    K,
-    ITEMS: tl.constexpr,
-    OFFSET: tl.constexpr,
-    GROUPS: tl.constexpr,
-    EVEN_K: tl.constexpr,
-):
-    """Four neighbours of the ITEMS of each group, from OFFSET on, as four [R, G]; 0 beyond K.
-
-    They are 16 bytes, of one thread: it takes no exchange to part them. ``k`` is the element that
-    the first group begins with. Two dimensions, one of them with the neighbours, leave the
-    compiler no choice of a layout.
-    """
-    item = tl.arange(0, 4 * GROUPS)
-    pointers = rows + (k // GROUP * ITEMS + OFFSET + item // 4 * ITEMS + item % 4)[None, :]
-    if EVEN_K:
-        fours = tl.load(pointers)
-    else:
-        fours = tl.load(pointers, mask=(k + item // 4 * GROUP < K)[None, :], other=0)
-    even, odd = tl.split(tl.reshape(fours, (fours.shape[0], GROUPS, 2, 2)))
-    item_0, item_2 = tl.split(even)
-    item_1, item_3 = tl.split(odd)
-    return item_0, item_1, item_2, item_3
-
-
-@triton.jit
-def load_eight(
-    row,
-    k,
-    K,
-    EIGHT: tl.constexpr,
-    GROUPS: tl.constexpr,
-    DTYPE: tl.constexpr,
-    EVEN_K: tl.constexpr,
-):
-    """Fp32 [1, G] items 0 to 7 of the eight number EIGHT of each group of x."""
-    if DTYPE == tl.float32:
-        x_0, x_1, x_2, x_3 = load_fours(row, k, K, GROUP, 8 * EIGHT, GROUPS, EVEN_K)
-        x_4, x_5, x_6, x_7 = load_fours(row, k, K, GROUP, 8 * EIGHT + 4, GROUPS, EVEN_K)
-    else:
-        pairs = load_fours(row, k, K, GROUP // 2, 4 * EIGHT, GROUPS, EVEN_K)
-        x_0, x_1 = halves(pairs[0].to(tl.uint32, bitcast=True), DTYPE)
-        x_2, x_3 = halves(pairs[1].to(tl.uint32, bitcast=True), DTYPE)
-        x_4, x_5 = halves(pairs[2].to(tl.uint32, bitcast=True), DTYPE)
-        x_6, x_7 = halves(pairs[3].to(tl.uint32, bitcast=True), DTYPE)
-    return x_0, x_1, x_2, x_3, x_4, x_5, x_6, x_7
-
-
-@triton.jit
 def add_products(
     total,
     words,
@@ -182,7 +119,9 @@ def add_products(
     The multiply-adds are written out: which product and sum a compiler joins is its own choice.
     """
     GROUPS: tl.constexpr = total.shape[1]
-    x_0, x_1, x_2, x_3, x_4, x_5, x_6, x_7 = load_eight(row, k, K, EIGHT, GROUPS, DTYPE, EVEN_K)
+    x_0, x_1, x_2, x_3, x_4, x_5, x_6, x_7 = load_eight(
+        row, k, K, GROUP, EIGHT, GROUPS, DTYPE, EVEN_K
+    )
     words = words.to(tl.uint32, bitcast=True)
     w_0, w_1, w_2, w_3, w_4, w_5, w_6, w_7 = decode_word(words, PTX)
     total = tl.fma(w_0, x_0, total)
@@ -256,7 +195,7 @@ def gemv_nvfp4(
     GROUPS: tl.constexpr = BLOCK_K // GROUP
     acc = tl.zeros((BLOCK_N, GROUPS), tl.float32)
     for k in range(start, stop, BLOCK_K):
-        words_0, words_1, words_2, words_3 = load_fours(w_rows, k, K, 4, 0, GROUPS, EVEN_K)
+        words_0, words_1, words_2, words_3 = load_fours(w_rows, k, K, GROUP, 4, 0, GROUPS, EVEN_K)
         scale_0, scale_1 = load_scales(s_rows, k, K, GROUPS, HAS_TYPE, EVEN_K)
         total = tl.zeros_like(acc)
         total = add_products(total, words_0, row, k, K, 0, DTYPE, PTX, EVEN_K)

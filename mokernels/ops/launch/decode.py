@@ -2,8 +2,8 @@
 
 It is decoded in the product's registers, or, where many rows make up for that, by a launch before
 (:mod:`decoded`). The activations are floats: as they are, already quantized and decoded again, or
-one row that the product quantizes itself. One row by an NVFP4 weight has a kernel of its own
-(:mod:`gemv`).
+one row that the product quantizes itself. One row by an NVFP4 weight, or by a large MXFP8 weight,
+has a kernel of its own (:mod:`gemv`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 from mokernels.ops.configs import GemmConfig, Kind, choose_without_tma
 from mokernels.ops.kernels.gemm_decode import gemm_decode
 from mokernels.ops.launch.decoded import plan_decoded
-from mokernels.ops.launch.gemv import plan_gemv, takes_gemv
+from mokernels.ops.launch.gemv import plan_e4m3_gemv, plan_gemv, takes_e4m3_gemv, takes_gemv
 from mokernels.ops.launch.plan import Launch
 from mokernels.ops.launch.product import (
     Ending,
@@ -107,14 +107,20 @@ def plan_mxfp8_decode(
 ) -> Planned:
     """[..., N] of ``dtype`` from float x [..., K] and MXFP8 b.
 
-    fp16 has too few exponents for the decoded weight, so that fp16 activations meet it in fp32.
+    fp16 has too few exponents for the decoded weight, so that fp16 activations meet it in fp32; but
+    not one row that is multiplied without matrix units, quantized before or not (see
+    quantizing.multiplies_row_by_e4m3_gemv).
     """
     kind, compute = Kind.FP32, tl.float32
     if x.dtype == torch.bfloat16:
         kind, compute = Kind.HALF_MXFP8, tl.bfloat16
     out = x.new_empty((*x.shape[:-1], b.shape[0]), dtype=dtype)
-    weight = DecodedWeight.mxfp8(b, scale_b, target)
-    return out, _plan(x, weight, Ending(out, bias), kind, compute, plan_n, target, invariant)
+    weight, ending = DecodedWeight.mxfp8(b, scale_b, target), Ending(out, bias)
+    rows = x.shape[:-1].numel()
+    if not invariant and takes_e4m3_gemv(rows, x.dtype, weight.codes, plan_n):
+        gemv = (weight.codes, weight.scale, ending, TRITON_DTYPES[x.dtype], plan_n, target)
+        return out, plan_e4m3_gemv(x, *gemv)
+    return out, _plan(x, weight, ending, kind, compute, plan_n, target, invariant)
 
 
 def plan_nvfp4_row(
@@ -161,12 +167,16 @@ def plan_mxfp8_row(
 ) -> Planned | None:
     """As quantizing x to MXFP8, decoding it to bf16 and :func:`plan_mxfp8_decode`, in one launch.
 
-    None where :func:`quantizes_row_in_gemm` says that it takes two.
+    None where :func:`quantizes_row_in_gemm` says that it takes two, or :func:`takes_e4m3_gemv` that
+    two are faster: the quantizer writes bf16, whatever x is.
     """
-    if not quantizes_row_in_gemm(x.shape[:-1].numel(), target):
+    rows = x.shape[:-1].numel()
+    if not quantizes_row_in_gemm(rows, target):
+        return None
+    weight = DecodedWeight.mxfp8(b, scale_b, target)
+    if not invariant and takes_e4m3_gemv(rows, torch.bfloat16, weight.codes, plan_n):
         return None
     out = x.new_empty((*x.shape[:-1], b.shape[0]), dtype=dtype)
-    weight = DecodedWeight.mxfp8(b, scale_b, target)
     return out, _plan_row(
         x, weight, None, Ending(out, bias), Kind.HALF_MXFP8, plan_n, target, invariant
     )

@@ -23,6 +23,7 @@ from mokernels.ops.kernels.gemm_block import gemm_block
 from mokernels.ops.kernels.gemm_epilogue import gemm_epilogue
 from mokernels.ops.kernels.gemm_native import gemm_native
 from mokernels.ops.launch.decode import TRITON_DTYPES, plan_mxfp8_decode, plan_nvfp4_decode
+from mokernels.ops.launch.gemv import plan_e4m3_gemv, takes_e4m3_gemv
 from mokernels.ops.launch.persistent import plan_persistent, tma_reads
 from mokernels.ops.launch.plan import Launch
 from mokernels.ops.launch.product import (
@@ -228,14 +229,24 @@ def plan_fp8_weight_only(
     target: Target,
     invariant: bool = False,
 ) -> Planned:
-    """[..., N] of x's dtype from float [..., K] and E4M3 [N, K]."""
+    """[..., N] of x's dtype from float [..., K] and E4M3 [N, K].
+
+    One row of 16 bits by a large weight is multiplied without matrix units (:mod:`gemv`).
+    """
     kind = Kind.HALF_BLOCK if scale_b.dim() == 2 else Kind.HALF_FP8
     if x.dtype == torch.float32:
         kind = Kind.FP32
     out = x.new_empty((*x.shape[:-1], b.shape[0]))
-    compute, rows = TRITON_DTYPES[x.dtype], rows_of(x)
+    compute, rows, codes = TRITON_DTYPES[x.dtype], rows_of(x), dense_columns(b)
+    # A GEMV adds in an order of its own, which no other number of rows has.
+    if not invariant and takes_e4m3_gemv(rows.shape[0], x.dtype, codes, plan_n):
+        blocks = dense_columns(scale_b) if scale_b.dim() == 2 else None
+        ending = Ending(out, bias, None, scale_b if blocks is None else None)
+        return out, plan_e4m3_gemv(x, codes, blocks, ending, compute, plan_n, target)
     ending = Ending(out, bias)
-    return out, _plan_fp8(rows, b, None, scale_b, ending, kind, compute, plan_n, target, invariant)
+    return out, _plan_fp8(
+        rows, codes, None, scale_b, ending, kind, compute, plan_n, target, invariant
+    )
 
 
 def plan_nvfp4_gemm(

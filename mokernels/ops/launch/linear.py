@@ -3,9 +3,9 @@
 Where a format's codes go to the matrix units as they are, the activations are quantized to codes
 and scales: a few rows of FP8 by the GEMM itself, so that there is one launch, everything else by a
 launch before it, to the same bits. Where they are decoded again, the GEMM does both for one row,
-unless a GEMV multiplies that (a large weight of NVFP4), and otherwise the quantizer writes the
-decoded values at once: the same numbers (exact in bf16, without the global scale of NVFP4), and one
-pass less.
+unless a GEMV multiplies that (a large weight), and otherwise the quantizer writes the decoded
+values at once: the same numbers (exact in bf16, without the global scale of NVFP4), and one pass
+less.
 """
 
 from __future__ import annotations
