@@ -74,7 +74,15 @@ def quantize(
     from mokernels.demo.hub import local_folder
 
     if stream:
-        ptq.stream(str(local_folder(model)), output, format_name, exclude, calib or kv_cache)
+        needing = {
+            "--calib": calib,
+            "--kv-cache": kv_cache,
+            "--resume": resume,
+            "--evaluate": evaluate,
+        }
+        ptq.check_stream([option for option, value in needing.items() if value is not None])
+        where = pick_device(device)
+        ptq.stream(str(local_folder(model)), output, format_name, exclude, where)
         stdout().print(f"The checkpoint is in {output}", markup=False, soft_wrap=True)
         return
     task = ptq.Task(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,21 +117,31 @@ def quantize(task: Task, console: Console) -> Quantization:
     return record
 
 
+def check_stream(given: Sequence[str]) -> None:
+    """Refuse options that need a model where none is loaded.
+
+    Args:
+        given: names of those that were given.
+
+    Raises:
+        ArgumentError: there are some.
+    """
+    if given:
+        raise ArgumentError(
+            "--stream quantizes weights alone and runs no model, which is what "
+            f"{' and '.join(given)} would need. Leave out the one or the other."
+        )
+
+
 def stream(
-    model: str, output: Path, format: str, exclude: list[str] | None, calibrated: object
+    model: str, output: Path, format: str, exclude: Iterable[str] | None, device: str
 ) -> None:
     """Quantize the weights of a folder without loading a model.
 
     Raises:
-        ArgumentError: something was given that needs calibration, or the folder cannot be quantized
-            so.
+        ArgumentError: the folder cannot be quantized so.
     """
-    if calibrated:
-        raise ArgumentError(
-            "--stream quantizes weights alone and runs no model: --calib and --kv-cache need one. "
-            "Leave them out, or leave --stream out."
-        )
-    mokernels.quantize_checkpoint(model, output, format, exclude=exclude or ())
+    mokernels.quantize_checkpoint(model, output, format, exclude=exclude or (), device=device)
 
 
 def print_record(console: Console, record: Quantization, output: Path) -> None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -28,29 +27,16 @@ def quantize(
     config: str | Mapping[str, Any],
     forward_loop: ForwardLoop | None = None,
     *,
-    exclude: Iterable[str] = (),
-    kv_cache: str | None = None,
-    observer: str | Mapping[str, Any] = "max",
-    unseen: str | float = "error",
-    resume: str | os.PathLike[str] | None = None,
-    out_dir: str | os.PathLike[str] | None = None,
     trainable: bool = False,
     progress: bool | Steps = True,
+    **options: Any,
 ) -> nn.Module:
-    """Quantize a model in place; see :func:`mokernels.quantize`."""
+    """Quantize a model in place; see :func:`mokernels.quantize`, which has the same arguments."""
+    if isinstance(model, PreTrainedModel):
+        options["watch_kv"] = watch_keys_and_values
+    steps = _steps(progress)
     record = quantize_model(
-        model,
-        config,
-        forward_loop,
-        exclude=exclude,
-        kv_cache=kv_cache,
-        observer=observer,
-        unseen=unseen,
-        resume=resume,
-        out_dir=out_dir,
-        trainable=trainable,
-        progress=_steps(progress),
-        watch_kv=watch_keys_and_values if isinstance(model, PreTrainedModel) else None,
+        model, config, forward_loop, trainable=trainable, progress=steps, **options
     )
     # transformers' Trainer refuses models that say they are quantized: those that train do not yet.
     if isinstance(model, PreTrainedModel) and not trainable:

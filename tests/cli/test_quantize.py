@@ -73,6 +73,7 @@ def test_a_folder_is_streamed_to_the_same_tensors(quantize, tmp_path):
     ("options", "calib", "message"),
     [
         (("--stream", "--format", "MXFP8"), True, "--stream quantizes weights alone"),
+        (("--stream", "--resume", "state", "--kv-cache", "FP8"), False, "--kv-cache and --resume"),
         (("--stream", "--format", "NVFP4"), False, "NVFP4"),
         (("--format", "FP5"), True, "the format 'FP5', wanted one of"),
         (("--format", "FP8"), False, "FP8 needs calibrated scales: give a text"),
