@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -112,13 +112,18 @@ def unseen(observers: Mapping[str, AmaxObserver]) -> list[str]:
     return [name for name, observer in observers.items() if observer.amax is None]
 
 
-def fill_unseen(observers: Mapping[str, AmaxObserver], fill: str | float) -> list[str]:
+def fill_unseen(
+    observers: Mapping[str, AmaxObserver],
+    fill: str | float,
+    groups: Iterable[Sequence[str]] = (),
+) -> list[str]:
     """Give layers that saw no data an amax.
 
     Args:
         observers: of all layers, by name.
         fill: ``"error"``; ``"max"``, the largest of the layers whose name ends alike (the same
             projection of other layers or experts); or an amax.
+        groups: names of layers whose amax is one; ``"max"`` looks there first.
 
     Returns:
         The names of the layers that were filled.
@@ -136,8 +141,16 @@ def fill_unseen(observers: Mapping[str, AmaxObserver], fill: str | float) -> lis
             'to fill them: unseen="max" takes the largest amax of the same projection elsewhere, '
             "unseen=<number> is an amax."
         )
+    beside = {name: group for group in groups for name in group}
+    found = {}
     for name in missing:
-        amax = float(fill) if isinstance(fill, (int, float)) else _largest_alike(name, observers)
+        if isinstance(fill, (int, float)):
+            found[name] = float(fill)
+        else:
+            near = {other: observers[other] for other in beside.get(name, ()) if other in observers}
+            seen = [observer.result() for observer in near.values() if observer.amax is not None]
+            found[name] = max(seen) if seen else _largest_alike(name, observers)
+    for name, amax in found.items():
         observers[name].restore({"amax": amax, "batches": 0} | _empty(observers[name]))
     return missing
 

@@ -21,7 +21,7 @@ from mokernels.checkpoint.config import CONFIG_FILE, QUANT_CONFIG_FILE
 from mokernels.checkpoint.layout import nested_layout
 from mokernels.errors import ArgumentError, CheckpointError, MokernelsError
 from mokernels.hf.placement import input_device, load_alike, savable
-from mokernels.hf.quantize import adopt, convert, written_config
+from mokernels.hf.quantize import adopt, as_stored, convert, written_config
 from mokernels.ptq.record import Quantization, quantization_of
 from mokernels.ptq.report import Reload, write_report
 from mokernels.ptq.trainable import is_trainable
@@ -46,8 +46,9 @@ def export(
         with _kept_config(model), savable(model):
             adopt(model, record)
             model.save_pretrained(partial, max_shard_size=max_shard_size)  # type: ignore[operator]
-        _write_config(partial, record)
-        stated = nested_layout(record.layers, record.exclude, record.kv_cache)
+        stored = as_stored(model, record)
+        _write_config(partial, stored)
+        stated = nested_layout(stored.layers, stored.exclude, stored.kv_cache)
         write_json(partial, QUANT_CONFIG_FILE, stated)
         _write_tokenizer(model, tokenizer, partial)
         errors = check(partial, values="scales").errors

@@ -8,9 +8,11 @@ we ask the same functions, so that what is planned is what will be loaded.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from torch import nn
+
+from mokernels.hf.experts import has_experts, without_merging
 
 
 class Namer:
@@ -25,6 +27,8 @@ class Namer:
         from transformers.core_model_loading import WeightConverter, WeightRenaming
 
         mapping = get_model_conversion_mapping(model)
+        if has_experts(model):
+            mapping = without_merging(mapping)
         self._renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
         self._converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
         self._prefix = model.base_model_prefix
@@ -75,3 +79,26 @@ class Namer:
             and name not in filled
             and not any(re.search(pattern, name) for pattern in ignored)
         ]
+
+
+def stored_names(model: nn.Module) -> Callable[[str], str]:
+    """From names of a model's modules, or patterns of them, to those that are saved.
+
+    transformers renames tensors as it saves; what the JSON files say of modules has to follow.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import PrefixChange, WeightRenaming, apply_renamings
+
+    entries = getattr(model, "_weight_conversions", None)
+    if entries is None:
+        mapping = get_model_conversion_mapping(model, add_legacy=False)
+        entries = [entry for entry in mapping if not isinstance(entry, PrefixChange)]
+    reverse = [entry.reverse_transform() for entry in reversed(entries)]
+    renamings = [entry for entry in reverse if isinstance(entry, WeightRenaming)]
+
+    def stored(name: str) -> str:
+        module = name.removesuffix("*").removesuffix(".")
+        renamed: str = apply_renamings(f"{module}.weight", renamings)
+        return renamed.removesuffix(".weight") + name[len(module) :]
+
+    return stored

@@ -9,6 +9,7 @@ from torch import nn
 from transformers import GenerationMixin, PreTrainedModel, StaticCache
 
 from mokernels.compile.regional import CompiledLayer, repeated_layers
+from mokernels.hf.experts import has_experts
 from mokernels.hf.options import setting
 from mokernels.hf.static_cache import unsupported_layers
 
@@ -82,6 +83,8 @@ def _of_the_model(model: Any) -> Iterator[str]:
     places = set((getattr(model, "hf_device_map", None) or {}).values())
     if len(places) > 1 or getattr(model, "tp_size", None) not in (None, 1):
         yield "the model's parts are on several devices"
+    if has_experts(model):
+        yield "its experts are chosen one after the other, by what the router says"
     attention = model.config._attn_implementation
     if attention not in _ATTENTION:
         yield f"the attention is {attention!r}, and a static cache wants {' or '.join(_ATTENTION)}"

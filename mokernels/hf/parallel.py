@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from mokernels.errors import BackendError
 from mokernels.formats import SCALE_LEAVES
+from mokernels.hf.experts import has_experts
 from mokernels.layers import QuantizedLinear
 
 REPLICATE = "replicate"
@@ -52,6 +53,11 @@ def check_shards(model: nn.Module) -> None:
     Raises:
         BackendError: naming every such layer.
     """
+    if has_experts(model) and getattr(model, "_device_mesh", None) is not None:
+        raise BackendError(
+            "Quantized experts cannot be spread over processes by this version, neither split nor "
+            "each expert whole. Load the model on one device, or spread its layers by device_map."
+        )
     broken = list(_broken_shards(model))
     if broken:
         raise BackendError(

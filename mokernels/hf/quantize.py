@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -13,8 +14,11 @@ from transformers import PreTrainedModel
 from mokernels.calibration.loop import ForwardLoop, Progress
 from mokernels.checkpoint.layout import flat_layout
 from mokernels.hf import quantizer
+from mokernels.hf.experts import apart
 from mokernels.hf.keys_values import watch_keys_and_values
+from mokernels.hf.names import stored_names
 from mokernels.hf.quantizer import ModelOptConfig, ModelOptQuantizer, untie
+from mokernels.ptq.config import parse_config
 from mokernels.ptq.model import quantize_model
 from mokernels.ptq.pack import convert_model
 from mokernels.ptq.record import Quantization
@@ -27,19 +31,26 @@ def quantize(
     config: str | Mapping[str, Any],
     forward_loop: ForwardLoop | None = None,
     *,
-    trainable: bool = False,
     progress: bool | Steps = True,
     **options: Any,
 ) -> nn.Module:
     """Quantize a model in place; see :func:`mokernels.quantize`, which has the same arguments."""
-    if isinstance(model, PreTrainedModel):
-        options["watch_kv"] = watch_keys_and_values
-    steps = _steps(progress)
-    record = quantize_model(
-        model, config, forward_loop, trainable=trainable, progress=steps, **options
-    )
+    if not isinstance(model, PreTrainedModel):
+        quantize_model(model, config, forward_loop, progress=_steps(progress), **options)
+        return model
+    wanted = parse_config(config, exclude=options.get("exclude", ()))
+    options["watch_kv"] = watch_keys_and_values
+    with apart(model, wanted) as shared:
+        record = quantize_model(
+            model,
+            config,
+            forward_loop,
+            progress=_steps(progress),
+            shared_amax=shared,
+            **options,
+        )
     # transformers' Trainer refuses models that say they are quantized: those that train do not yet.
-    if isinstance(model, PreTrainedModel) and not trainable:
+    if not options.get("trainable"):
         adopt(model, record)
     return model
 
@@ -55,14 +66,22 @@ def convert(model: nn.Module, *, progress: bool | Steps = True) -> nn.Module:
 def adopt(model: Any, record: Quantization) -> None:
     """Make a model of transformers look as if its checkpoint had been loaded."""
     quantizer.register()
-    config = ModelOptConfig(**written_config(record))
+    config = ModelOptConfig(**written_config(as_stored(model, record)))
     model.config.quantization_config = config
     model.hf_quantizer = ModelOptQuantizer(config, pre_quantized=True)
     untie(model, set(record.layers))
 
 
+def as_stored(model: nn.Module, record: Quantization) -> Quantization:
+    """The record with the names that layers have in files."""
+    stored = stored_names(model)
+    layers = {stored(name): row for name, row in record.layers.items()}
+    exclude = tuple(sorted(map(stored, record.exclude)))
+    return dataclasses.replace(record, layers=layers, exclude=exclude)
+
+
 def written_config(record: Quantization) -> dict[str, Any]:
-    """``quantization_config`` of config.json."""
+    """``quantization_config`` of config.json, from a record with the names of files."""
     return flat_layout(record.layers, record.exclude, record.kv_cache, static=bool(record.amax))
 
 

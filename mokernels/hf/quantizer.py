@@ -17,6 +17,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from mokernels.checkpoint import CheckpointPlan, LayerPlan, audit, open_checkpoint
 from mokernels.errors import CheckpointError, Finding
 from mokernels.formats import Format
+from mokernels.hf.experts import expand_for, without_merging
 from mokernels.hf.names import Namer
 from mokernels.hf.parallel import check_shards, register_replicate, scale_styles
 from mokernels.layers import (
@@ -77,14 +78,17 @@ class ModelOptQuantizer(HfQuantizer):
     requires_calibration = True  # quantizing while loading is not offered
 
     quantization_config: ModelOptConfig
+    _took_experts_apart = False
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Refuse an unknown choice of activations before anything is read."""
         check_activation_choice(self.quantization_config.activations)
 
     def update_weight_conversions(self, weight_conversions: Any, model: Any = None) -> Any:
-        """None of our own; the signature covers transformers before and after 5.21."""
-        return weight_conversions
+        """None that merge experts we took apart; the signature covers older transformers too."""
+        return (
+            without_merging(weight_conversions) if self._took_experts_apart else weight_conversions
+        )
 
     def preprocess_model(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
         """Replace the layers; before transformers 5.21, also extend the parallelism plan here."""
@@ -101,8 +105,7 @@ class ModelOptQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: nn.Module, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
-        namer = Namer(model)
-        plan = self._audited_plan(model, namer, checkpoint_files)
+        namer, plan = self._audited_plan(model, checkpoint_files)
         modules = {layer.name: namer.module(layer.name) for layer in plan.layers}
         projections = {name: namer.module(name) for name in plan.kv_scales}
         for layer in plan.layers:
@@ -112,12 +115,14 @@ class ModelOptQuantizer(HfQuantizer):
         untie(model, set(modules.values()))
 
     def _audited_plan(
-        self, model: nn.Module, namer: Namer, files: list[str] | None
-    ) -> CheckpointPlan:
+        self, model: nn.Module, files: list[str] | None
+    ) -> tuple[Namer, CheckpointPlan]:
         source = getattr(model.config, "name_or_path", "?")
         with open_checkpoint(_folder(files or [], source)) as checkpoint:
             if set(checkpoint.files) != {Path(file).name for file in files or []}:
                 raise CheckpointError(source, [_other_files(files or [], checkpoint.files)])
+            self._took_experts_apart = bool(expand_for(model, checkpoint.tensors))
+            namer = Namer(model)
             names = namer.linear_layers(checkpoint.tensors)
             report = audit(checkpoint, values="scales", linear_names=names)
         findings = [
@@ -129,7 +134,7 @@ class ModelOptQuantizer(HfQuantizer):
             raise CheckpointError(source, findings)
         for warning in report.warnings:
             logger.warning("%s", warning)
-        return report.plan
+        return namer, report.plan
 
     def _replace(
         self, model: nn.Module, layer: LayerPlan, module: str, beside: tuple[Format, ...]
@@ -232,8 +237,8 @@ def _misfits(namer: Namer, plan: CheckpointPlan, architecture: str) -> Iterator[
                 f"a quantized layer does not fit {architecture}",
                 found=found,
                 wanted=wanted,
-                remedy="Mixtures of experts are not supported by this version; otherwise check "
-                "that config.json is this checkpoint's.",
+                remedy="Check that config.json is this checkpoint's. Experts that a model keeps "
+                "transposed or interleaved (gpt-oss, Llama 4) are not supported by this version.",
                 layer=layer.name,
             )
 

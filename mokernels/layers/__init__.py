@@ -8,6 +8,7 @@ from mokernels.layers.linear import (
     NVFP4Linear,
     QuantizedLinear,
     StoredSpec,
+    linear_class,
     stored_weight,
 )
 from mokernels.layers.siblings import Siblings, link_siblings, separate_projections
@@ -36,6 +37,7 @@ __all__ = [
     "choose_activation",
     "explain",
     "finish_loading",
+    "linear_class",
     "link_siblings",
     "make_layer",
     "separate_projections",

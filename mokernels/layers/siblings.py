@@ -26,6 +26,7 @@ NAMES: tuple[tuple[str, ...], ...] = (
     ("gate_proj", "up_proj"),
     ("wq", "wk", "wv"),
     ("w1", "w3"),
+    ("q_a_proj", "kv_a_proj_with_mqa"),
     ("query", "key", "value"),
     ("to_q", "to_k", "to_v"),
     ("q", "k", "v"),

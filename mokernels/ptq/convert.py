@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from mokernels.numerics.elements import divide
 from mokernels.numerics.noise import SignalToNoise
 from mokernels.ptq.offload import keep_offloaded, resident
 
+_EXPERT = re.compile(r"(^|\.)experts\.\d+\.")
 _DIVISORS: Mapping[Activation, float] = {
     Activation.FP8_STATIC: E4M3_MAX,
     Activation.NVFP4: E2M1_MAX * E4M3_MAX,
@@ -152,22 +154,26 @@ def _layer(
 
 def shares_weight_scale(model: nn.Module, row: Format, group: Sequence[str]) -> bool:
     """Whether layers of a model with one input get one weight scale; see :func:`one_scale`."""
-    return len(group) > 1 and one_scale(row, model.get_submodule(group[0]).weight.shape)
+    return len(group) > 1 and one_scale(row, model.get_submodule(group[0]).weight.shape, group[0])
 
 
-def one_scale(row: Format, first: Sequence[int]) -> bool:
+def one_scale(row: Format, first: Sequence[int], name: str) -> bool:
     """Whether ModelOpt's export gives layers with one input one weight scale, too.
 
-    It does where the weight's amax is one number, FP8 per tensor aside: in NVFP4, and in FP8_PB_WO
-    when the first of the group fits one block.
+    It does where the weight's amax is one number: in NVFP4, in FP8_PB_WO when the first of the
+    group fits one block, and in FP8 for experts alone, whose gate and up it takes for one weight.
 
     Args:
         row: format of the layers.
         first: shape of the first layer's weight.
+        name: of that layer.
     """
     if row.second_scale:
         return True
-    return row.granularity is Granularity.BLOCK and max(first) <= FP8_BLOCK
+    expert = _EXPERT.search(name) is not None
+    if row.granularity is Granularity.BLOCK:
+        return max(first[0] * (1 + expert), first[1]) <= FP8_BLOCK
+    return row.granularity is Granularity.TENSOR and expert
 
 
 def _largest_amax(model: nn.Module, group: Sequence[str]) -> Tensor:

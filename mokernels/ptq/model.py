@@ -54,6 +54,7 @@ def quantize_model(
     trainable: bool = False,
     progress: Callable[[str], AbstractContextManager[Progress]] | None = None,
     watch_kv: KeyValueWatch | None = None,
+    shared_amax: Iterable[Sequence[str]] = (),
 ) -> Quantization:
     """Quantize any module; see :func:`mokernels.quantize`, which knows transformers' models.
 
@@ -70,6 +71,7 @@ def quantize_model(
         trainable: likewise.
         progress: makes a context for a step of a name, which gives a function (done, total).
         watch_kv: how to observe keys and values; without it no KV cache can be calibrated.
+        shared_amax: groups of names of layers whose activations get one amax, the largest.
 
     Raises:
         ArgumentError: an argument is wrong, or the model cannot be quantized so.
@@ -95,9 +97,13 @@ def quantize_model(
     if observers or kv_observers:
         settings = {"config": wanted.text, "observer": observer, "layers": sorted(observers)}
         seen.run(forward_loop, resume, fingerprint(model, settings), progress)
-    filled = fill_unseen(observers, unseen)
+    shared_amax = list(shared_amax)
+    filled = fill_unseen(observers, unseen, shared_amax)
     fill_unseen(kv_observers, "error")
     amax = {name: each.result() for name, each in observers.items()}
+    for group in shared_amax:
+        present = [name for name in group if name in amax]
+        amax.update(dict.fromkeys(present, max((amax[name] for name in present), default=0.0)))
     _warn_of_zeros(amax)
     install = fake_quantize_layers if trainable else convert_layers
     with progress("quantize weights") as advance:
@@ -192,7 +198,9 @@ class _Calibration:
 
     def groups(self) -> Sequence[Sequence[str]]:
         """Layers that share an input: as it was seen, or else by their names."""
-        return self._shared or fused_groups(self._chosen)
+        seen = {name for group in self._shared for name in group}
+        unseen = {name: row for name, row in self._chosen.items() if name not in seen}
+        return [*self._shared, *fused_groups(unseen)]
 
 
 def _kv_observers(

@@ -79,7 +79,20 @@ def excluded_patterns(model: nn.Module, chosen: Mapping[str, Format]) -> list[st
         for name, module in model.named_modules()
         if isinstance(module, _CONVERTIBLE) and name not in chosen
     ]
-    return patterns_of(plain, chosen)
+    return patterns_of([*plain, *_routers(model, chosen)], chosen)
+
+
+def _routers(model: nn.Module, chosen: Mapping[str, Format]) -> list[str]:
+    """Routers that are no linear layers: servers would take what is not listed for quantized."""
+    found = []
+    for name, module in model.named_modules():
+        if not hasattr(module, "experts"):
+            continue
+        for leaf in ("gate", "router", "shared_expert_gate"):
+            weight = getattr(getattr(module, leaf, None), "weight", None)
+            if isinstance(weight, torch.Tensor):
+                found.append(f"{name}.{leaf}" if name else leaf)
+    return [name for name in found if name not in chosen]
 
 
 def patterns_of(plain: Iterable[str], chosen: Mapping[str, Format]) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,6 @@ from mokernels.formats import EMBEDDING_NAMES, Format
 from mokernels.ptq.config import QuantizeConfig
 from mokernels.ptq.rehearse import check_features, no_scale, patterns_of
 
-_EXPERT = re.compile(r"(^|\.)experts\.\d+\.")
 _TABLES = frozenset({"shared", "relative_attention_bias"})
 """T5's tables, whose names do not say that they are embeddings."""
 _OUTPUT_LAYER = "lm_head"
@@ -106,21 +104,20 @@ def _is_table(module: str) -> bool:
 
 
 def _check_experts(tensors: Mapping[str, TensorInfo], wanted: QuantizeConfig) -> None:
-    """Quantized experts are not run by this version: they could be written and not loaded."""
+    """Experts of one tensor would be left out without a word."""
     found = []
     for name, info in tensors.items():
         module = name.removesuffix(".weight")
         fused = len(info.shape) == 3 and ("expert" in name.lower() or "moe" in name.lower())
-        single = len(info.shape) == 2 and name.endswith(".weight") and _EXPERT.search(name)
-        if (fused or single) and wanted.choose(module) is not None:
+        if fused and wanted.choose(module) is not None:
             found.append((module, info.shape))
     if found:
         module, shape = found[0]
         usual = all(".experts." in f".{name}" for name, _ in found)
         remedy = "['*experts.*']" if usual else f"{[name for name, _ in found[:3]]}, and the others"
         raise ArgumentError(
-            f"The weights {module!r} {list(shape)} and {len(found) - 1} more are those of experts, "
-            f"which this version does not run quantized. Leave them plain with exclude={remedy}."
+            f"The weights {module!r} {list(shape)} and {len(found) - 1} more are experts in one "
+            f"tensor, which this version does not quantize. Leave them plain with exclude={remedy}."
         )
 
 

@@ -162,12 +162,10 @@ class _Work:
 
     def _weight_amax(self, layer: str, row: Format) -> Tensor | None:
         """The amax that the pieces of a weight share, or None where each piece has its own."""
-        if row.granularity is Granularity.TENSOR:
-            return self._largest((layer,))
         group = self._shared.get(layer, (layer,))
         first = self._checkpoint.tensors[f"{group[0]}.weight"].shape
-        if len(group) == 1 or not one_scale(row, first):
-            return None
+        if len(group) == 1 or not one_scale(row, first, group[0]):
+            return self._largest((layer,)) if row.granularity is Granularity.TENSOR else None
         if group not in self._amax:
             self._amax[group] = self._largest(group)
         return self._amax[group]

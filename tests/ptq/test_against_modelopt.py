@@ -12,10 +12,18 @@ import copy
 import json
 
 import modelopt.torch.quantization as mtq
+import torch
 from modelopt.torch.quantization.utils.core_utils import update_quant_cfg_with_kv_cache_quant
 
 import mokernels
-from tests.ptq.golden import ARCHITECTURES, PRESETS, batches, known_model, modelopt_export
+from tests.ptq.golden import (
+    ARCHITECTURES,
+    MIXED_CASES,
+    PRESETS,
+    batches,
+    known_model,
+    modelopt_export,
+)
 
 pytestmark = pytest.mark.slow
 FILES = ("model.safetensors", "config.json", "hf_quant_config.json", "generation_config.json")
@@ -42,6 +50,33 @@ def test_every_file_is_the_same(format, architecture, tied, cache, tmp_path):
     for name in FILES:
         theirs, ours = (tmp_path / side / name for side in ("theirs", "ours"))
         assert ours.read_bytes() == theirs.read_bytes(), name
+
+
+@pytest.mark.parametrize(("architecture", "format"), MIXED_CASES)
+def test_every_file_of_a_mixture_is_the_same(architecture, format, tmp_path):
+    config = preset(format, None)
+    modelopt_export(known_model(architecture), config, tmp_path / "theirs")
+    model = known_model(architecture)
+    mokernels.quantize(model, config, batches(), unseen="max", progress=False)
+    mokernels.export(model, tmp_path / "ours")
+    for name in FILES:
+        theirs, ours = (tmp_path / side / name for side in ("theirs", "ours"))
+        assert ours.read_bytes() == theirs.read_bytes(), name
+    loaded = mokernels.from_pretrained(tmp_path / "theirs")
+    ids = batches()[0]
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+
+
+def test_names_in_memory_are_read_too(tmp_path):
+    sizes = {"hidden_size": 64, "intermediate_size": 128}
+    theirs = known_model("Mixtral", **sizes)
+    modelopt_export(theirs, preset("FP8_PB_WO", None), tmp_path / "theirs")
+    model = known_model("Mixtral", **sizes)
+    mokernels.quantize(model, "FP8_PB_WO", progress=False)
+    loaded = mokernels.from_pretrained(tmp_path / "theirs")
+    assert hasattr(loaded.model.layers[0].mlp.experts[0], "gate_proj")
+    ids = batches()[0]
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
 
 
 def test_modelopts_export_loads(tmp_path):

@@ -4,12 +4,22 @@ import json
 
 import pytest
 
+import mokernels
 from mokernels.checkpoint.layout import nested_layout
 from mokernels.formats import FORMATS
 from mokernels.ptq.config import parse_config
 from mokernels.ptq.convert import convert_layers, fused_groups
 from mokernels.ptq.rehearse import choose_layers, excluded_patterns
-from tests.ptq.golden import ARCHITECTURES, FILE, PRESETS, digest, known_model
+from tests.ptq.golden import (
+    ARCHITECTURES,
+    FILE,
+    MIXED_CASES,
+    PRESETS,
+    batches,
+    digest,
+    known_model,
+    weights_of,
+)
 
 GOLDEN = json.loads(FILE.read_text())
 
@@ -25,6 +35,16 @@ def test_tensors_and_configuration(architecture, format):
     assert digest(model.state_dict().items()) == entry["digest"]
     bits = 8 // FORMATS[format].element.per_item
     assert all({8: 28, 4: 17}[bits] < value < {8: 40, 4: 25}[bits] for value in noise.values())
+
+
+@pytest.mark.parametrize(("architecture", "format"), MIXED_CASES)
+def test_mixtures_of_experts(architecture, format, tmp_path):
+    entry, model = GOLDEN[f"{architecture} {format}"], known_model(architecture)
+    mokernels.quantize(model, format, batches(), unseen="max", progress=False)
+    folder = mokernels.export(model, tmp_path / "out", reload=False)
+    stated = json.loads((folder / "hf_quant_config.json").read_text())
+    assert stated == entry["hf_quant_config"]
+    assert digest(weights_of(folder).items()) == entry["digest"]
 
 
 def test_the_digest_sees_every_bit():

@@ -32,6 +32,20 @@ SIZES = {
 }
 
 
+_FEW = {"num_experts_per_tok": 2, "moe_intermediate_size": 64}
+MIXTURES: dict[str, dict[str, object]] = {
+    "Qwen3Moe": {"num_experts": 4, **_FEW},
+    "Qwen2Moe": {"num_experts": 4, "shared_expert_intermediate_size": 64, **_FEW},
+    "Mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "DeepseekV3": {
+        "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1,
+        "num_key_value_heads": 4, "kv_lora_rank": 32, "q_lora_rank": 32, "qk_rope_head_dim": 32,
+        "qk_nope_head_dim": 32, "v_head_dim": 32, **_FEW,
+    },
+}  # fmt: skip
+"""Sizes of tiny mixtures of experts, by architecture."""
+
+
 def tiny_model(
     architecture: str = "Llama", *, config: str = "", tied: bool = False, **sizes: object
 ) -> nn.Module:
@@ -44,7 +58,8 @@ def tiny_model(
         **sizes: of the configuration, instead of :data:`SIZES`.
     """
     config_class = getattr(transformers, f"{config or architecture}Config")
-    configuration = config_class(**{**SIZES, "tie_word_embeddings": tied, **sizes})
+    own = MIXTURES.get(architecture, {})
+    configuration = config_class(**{**SIZES, "tie_word_embeddings": tied, **own, **sizes})
     configuration.architectures = [f"{architecture}ForCausalLM"]
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(configuration, dtype=torch.bfloat16)
