@@ -87,7 +87,7 @@ def stored_names(model: nn.Module) -> Callable[[str], str]:
     transformers renames tensors as it saves; what the JSON files say of modules has to follow.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import PrefixChange, WeightRenaming, apply_renamings
+    from transformers.core_model_loading import PrefixChange, WeightRenaming
 
     entries = getattr(model, "_weight_conversions", None)
     if entries is None:
@@ -98,7 +98,9 @@ def stored_names(model: nn.Module) -> Callable[[str], str]:
 
     def stored(name: str) -> str:
         module = name.removesuffix("*").removesuffix(".")
-        renamed: str = apply_renamings(f"{module}.weight", renamings)
-        return renamed.removesuffix(".weight") + name[len(module) :]
+        key = f"{module}.weight"
+        for renaming in renamings:
+            key = renaming.rename_source_key(key)[0]
+        return key.removesuffix(".weight") + name[len(module) :]
 
     return stored

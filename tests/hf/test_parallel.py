@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import mokernels
 from tests.support.models import export, tiny_model
 
 ROOT = Path(__file__).parents[2]
@@ -67,3 +68,11 @@ def test_layers_that_cannot_be_split_are_named(tmp_path):
     assert done.returncode != 0
     assert "These layers cannot be split for tensor parallelism" in done.stderr
     assert "model.layers.0.self_attn.q_proj (weight [128, 256]" in done.stderr
+
+
+def test_experts_are_not_spread_over_processes(tmp_path):
+    model = tiny_model("Qwen3Moe", hidden_size=256, intermediate_size=512, head_dim=64)
+    mokernels.quantize(model, "MXFP8", progress=False)
+    done = run(mokernels.export(model, tmp_path / "model"), tmp_path)
+    assert done.returncode != 0
+    assert "Quantized experts cannot be spread over processes" in done.stderr
