@@ -10,7 +10,7 @@ else treats these as it does any linear layer.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from mokernels.errors import ArgumentError
+from mokernels.formats import Format
 from mokernels.ptq.config import QuantizeConfig
 
 _FUSED, _DOWN = "gate_up_proj", "down_proj"
@@ -216,6 +217,27 @@ def _groups(model: nn.Module, place: str) -> Iterator[list[str]]:
     gate, up, down = experts.names
     for leaves in ((gate, up), (down,)):
         yield [f"{place}.{number}.{leaf}" for number in range(len(experts)) for leaf in leaves]
+
+
+def by_container(model: nn.Module, layers: Mapping[str, Format]) -> dict[str, Format]:
+    """Formats by name, those of experts once by the name of all of them, where they are the same.
+
+    So ModelOpt lists them in checkpoints of several formats.
+    """
+    containers = [name for name, module in model.named_modules() if isinstance(module, Experts)]
+    inside = {
+        name: container
+        for container in containers
+        for name in layers
+        if name.startswith(f"{container}.")
+    }
+    formats: dict[str, set[Format]] = {container: set() for container in containers}
+    for name, container in inside.items():
+        formats[container].add(layers[name])
+    return {
+        inside[name] if name in inside and len(formats[inside[name]]) == 1 else name: row
+        for name, row in layers.items()
+    }
 
 
 def names_of(conversions: Iterable[Any]) -> ExpertNames:

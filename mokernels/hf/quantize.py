@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from mokernels.calibration.loop import ForwardLoop, Progress
 from mokernels.checkpoint.layout import flat_layout
 from mokernels.hf import quantizer
-from mokernels.hf.experts import apart
+from mokernels.hf.experts import apart, by_container
 from mokernels.hf.keys_values import watch_keys_and_values
 from mokernels.hf.names import stored_names
 from mokernels.hf.quantizer import ModelOptConfig, ModelOptQuantizer, untie
@@ -75,7 +75,8 @@ def adopt(model: Any, record: Quantization) -> None:
 def as_stored(model: nn.Module, record: Quantization) -> Quantization:
     """The record with the names that layers have in files."""
     stored = stored_names(model)
-    layers = {stored(name): row for name, row in record.layers.items()}
+    listed = by_container(model, record.layers)
+    layers = {stored(name): row for name, row in listed.items()}
     exclude = tuple(sorted(map(stored, record.exclude)))
     return dataclasses.replace(record, layers=layers, exclude=exclude)
 

@@ -67,6 +67,25 @@ def test_every_file_of_a_mixture_is_the_same(architecture, format, tmp_path):
     assert torch.equal(loaded(ids).logits, model(ids).logits)
 
 
+@pytest.mark.parametrize("architecture", ["Qwen3Moe", "Mixtral"])
+def test_every_file_of_a_mixture_of_formats_is_the_same(architecture, tmp_path):
+    config = preset("NVFP4", None)
+    rules = config["quant_cfg"]
+    after = [rule["quantizer_name"] for rule in rules].index("*input_quantizer") + 1
+    for kind in ("weight", "input"):
+        fp8 = {"num_bits": (4, 3), "axis": None}
+        rules.insert(after, {"quantizer_name": f"*self_attn*{kind}_quantizer", "cfg": fp8})
+    modelopt_export(known_model(architecture), config, tmp_path / "theirs")
+    model = known_model(architecture)
+    mokernels.quantize(model, config, batches(), unseen="max", progress=False)
+    mokernels.export(model, tmp_path / "ours")
+    for name in FILES:
+        theirs, ours = (tmp_path / side / name for side in ("theirs", "ours"))
+        assert ours.read_bytes() == theirs.read_bytes(), name
+    listed = json.loads((tmp_path / "ours" / "hf_quant_config.json").read_text())["quantization"]
+    assert any(name.endswith(".experts") for name in listed["quantized_layers"])
+
+
 def test_names_in_memory_are_read_too(tmp_path):
     sizes = {"hidden_size": 64, "intermediate_size": 128}
     theirs = known_model("Mixtral", **sizes)
