@@ -12,8 +12,8 @@ fake_quantize_fp8_per_token activations [..., K]         of each token
 fake_quantize_nvfp4         activations [..., K]         of each block, times the given global scale
 fake_quantize_mxfp8         activations or weight        of each block
 fake_quantize_fp8_weight    weight [N, K]                of the tensor, of each row ("channel"), of
-                                                         each 128x128 block, or with ``amax`` the
-                                                         same for every block
+                                                         each 128x128 block; with ``amax`` that of
+                                                         the tensor or of every block
 fake_quantize_nvfp4_weight  weight [N, K]                of each block, times the global scale
                                                          (None: the weight's own)
 ==========================  ===========================  ===========================================
@@ -110,10 +110,10 @@ def _check_fp8_weight(
         )
     if amax is None:
         return
-    if granularity != Granularity.BLOCK.value:
+    if granularity == Granularity.CHANNEL.value:
         raise ArgumentError(
-            f"mokernels::{op}: an amax was given with granularity {granularity!r}, wanted 'block': "
-            "other scales come from the weight. Leave it out."
+            f"mokernels::{op}: an amax was given with granularity {granularity!r}, wanted 'tensor' "
+            "or 'block': scales of channels come from the weight. Leave it out."
         )
     check_scalar(op, "amax", amax)
 
@@ -122,11 +122,11 @@ def quantized_fp8_weight(
     weight: Tensor, granularity: str, amax: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Codes [N, K] of a weight that is not empty, and its scale [], [N] or of 128x128 blocks."""
-    if granularity == Granularity.TENSOR.value:
-        return numerics.quantize_fp8_tensor_weight(weight)
     if granularity == Granularity.CHANNEL.value:
         return numerics.quantize_fp8_channel_weight(weight)
     shared = None if amax is None else amax.reshape(())
+    if granularity == Granularity.TENSOR.value:
+        return numerics.quantize_fp8_tensor_weight(weight, shared)
     codes, scale = numerics.quantize_fp8_block_weight(weight, shared)
     return codes, scale[:, 0, :, 0] if scale.dim() == 4 else scale
 

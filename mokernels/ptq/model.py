@@ -100,10 +100,7 @@ def quantize_model(
     shared_amax = list(shared_amax)
     filled = fill_unseen(observers, unseen, shared_amax)
     fill_unseen(kv_observers, "error")
-    amax = {name: each.result() for name, each in observers.items()}
-    for group in shared_amax:
-        present = [name for name in group if name in amax]
-        amax.update(dict.fromkeys(present, max((amax[name] for name in present), default=0.0)))
+    amax = _amax_of(observers, shared_amax)
     _warn_of_zeros(amax)
     install = fake_quantize_layers if trainable else convert_layers
     with progress("quantize weights") as advance:
@@ -122,6 +119,18 @@ def quantize_model(
     )
     setattr(model, RECORD, record)
     return record
+
+
+def _amax_of(
+    observers: Mapping[str, AmaxObserver], groups: Iterable[Sequence[str]]
+) -> dict[str, float]:
+    """What was observed, by name; the largest of a group for each of its layers."""
+    amax = {name: observer.result() for name, observer in observers.items()}
+    for group in groups:
+        present = [name for name in group if name in amax]
+        if present:
+            amax.update(dict.fromkeys(present, max(amax[name] for name in present)))
+    return amax
 
 
 class _Calibration:

@@ -92,6 +92,20 @@ def test_names_are_those_of_the_original_checkpoint(architecture, tmp_path):
     assert f"model.layers.0.{block}.gate" in excluded["exclude_modules"]
 
 
+@pytest.mark.parametrize("format", ["FP8", "NVFP4", "MXFP8"])
+def test_trained_and_packed(format, tmp_path):
+    packed = quantized(format, tiny_model("Qwen3Moe"))
+    model = quantized(format, tiny_model("Qwen3Moe"), trainable=True)
+    model(batches()[0], labels=batches()[0]).loss.backward()
+    weights = [e.up_proj.weight for e in model.get_submodule(PLACE)]
+    assert any(weight.grad is not None and weight.grad.any() for weight in weights)
+    folder = mokernels.export(model, tmp_path / "out")
+    expected = mokernels.export(packed, tmp_path / "packed")
+    assert (folder / "model.safetensors").read_bytes() == (
+        expected / "model.safetensors"
+    ).read_bytes()
+
+
 def test_formats_of_a_mixture_may_differ(tmp_path):
     model = tiny_model("Mixtral")
     quantized({"*": "MXFP8", "*self_attn*": "FP8_PER_CHANNEL_PER_TOKEN"}, model)

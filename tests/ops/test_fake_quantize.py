@@ -59,6 +59,11 @@ WEIGHTS = {
         coded(lambda w: numerics.quantize_fp8_block_weight(w, AMAX), numerics.dequantize_fp8),
         3.0,
     ),
+    "fp8_weight/several": Case(
+        ("tensor", AMAX),
+        coded(lambda w: numerics.quantize_fp8_tensor_weight(w, AMAX), numerics.dequantize_fp8),
+        3.0,
+    ),
     "nvfp4_weight": Case((), coded(numerics.quantize_nvfp4_weight, numerics.dequantize_nvfp4)),
     "nvfp4_weight/shared": Case(
         (GLOBAL,),
@@ -199,7 +204,11 @@ X = torch.zeros(2, 64)
         ("mxfp8", (X[:, :48],), "holds 48 elements, wanted a multiple of 32"),
         ("fp8_weight", (X[0],), r"weight is float32 \[64\], wanted \[N, K\]"),
         ("fp8_weight", (X, "row"), "granularity is 'row', wanted one of tensor, channel, block"),
-        ("fp8_weight", (X, "tensor", AMAX), "an amax was given.*wanted 'block'.*Leave it out"),
+        (
+            "fp8_weight",
+            (X, "channel", AMAX),
+            "an amax was given.*wanted 'tensor' or 'block'",
+        ),
         ("fp8_weight", (X, "block", torch.ones(3)), r"amax is float32 \[3\], wanted shape \[\]"),
         ("nvfp4_weight", (X[:, :8],), "wanted a multiple of 16"),
         ("nvfp4_weight", (X, torch.ones(2)), r"global_scale is float32 \[2\]"),
