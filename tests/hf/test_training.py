@@ -59,8 +59,6 @@ def test_lora_trains_and_leaves_the_codes_alone(tmp_path, format):
         assert torch.equal(words(state[name]), words(tensor)), name
 
 
-# With transformers 5.17 the gradients differ from eager's by up to 0.4 %; not found out why.
-@pytest.mark.newest
 @pytest.mark.parametrize("format", FORMATS)
 def test_compiled_training_has_the_gradients_of_eager(tmp_path, format):
     torch._dynamo.reset()
@@ -73,8 +71,12 @@ def test_compiled_training_has_the_gradients_of_eager(tmp_path, format):
             torch.nn.init.normal_(parameter, 0, 0.02, torch.Generator().manual_seed(0))
     ids = torch.randint(3, 128, (2, 12), generator=torch.Generator().manual_seed(0))
     checked = Checked()
-    compiled = torch.compile(model, backend=checked, fullgraph=True)
-    expected, found = (gradients(run, model, ids) for run in (model, compiled))
+    # While Dynamo traces it, transformers 5.17 takes another way through attention, unquantized
+    # models as well (0.3 % of gradients): so eager is what Dynamo traced, run as it is.
+    traced = torch.compile(model, backend="eager", fullgraph=True)
+    expected = gradients(traced, model, ids)
+    torch._dynamo.reset()
+    found = gradients(torch.compile(model, backend=checked, fullgraph=True), model, ids)
     assert found.keys() == expected.keys()
     assert all("lora_" in name for name in found)
     for name, gradient in expected.items():
