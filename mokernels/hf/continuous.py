@@ -18,6 +18,7 @@ from transformers import ContinuousBatchingConfig, GenerationConfig
 from mokernels.errors import BackendError
 from mokernels.hf.answers import Answer
 from mokernels.hf.engine import Engine
+from mokernels.hf.experts import has_experts
 from mokernels.hf.sampling import SamplingParams
 
 PAGE = 256
@@ -155,7 +156,7 @@ def _batching_config(
     options: dict[str, Any] = {"max_requests_per_batch": batch}
     if engine.gpu_memory_utilization is not None:
         options["max_memory_percent"] = engine.gpu_memory_utilization
-    if engine.enforce_eager:
+    if engine.enforce_eager or has_experts(model):  # what experts run, the host decides
         options["use_cuda_graph"] = False
     if _HAS_SWITCH:
         options["auto_switch_to_flash"] = False

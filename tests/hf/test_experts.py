@@ -10,8 +10,12 @@ from transformers import AutoModelForCausalLM
 
 import mokernels
 from mokernels.errors import ArgumentError, CalibrationError, CheckpointError
+from mokernels.hf.answers import Answer
+from mokernels.hf.continuous import _batching_config as continuous_config
+from mokernels.hf.engine import Engine
 from mokernels.hf.experts import ExpertNames, Experts, expand, fused_experts
 from mokernels.layers import QuantizedLinear
+from tests.demo.tiny import byte_tokenizer
 from tests.support.compare import assert_same_bits
 from tests.support.models import MIXTURES, tiny_model
 
@@ -179,6 +183,20 @@ def test_compiled_and_generated(tmp_path):
     assert tokens.shape == (2, 20)
     with pytest.raises(ArgumentError, match="its experts are chosen one after the other"):
         mokernels.generate(model, ids, compile=True, max_new_tokens=4)
+
+
+def test_answers_in_batches(tmp_path):
+    folder = mokernels.export(quantized("MXFP8", tiny_model("Qwen3Moe")), tmp_path / "out")
+    byte_tokenizer().save_pretrained(folder)
+    greedy = mokernels.SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
+    answers = []
+    for continuous in (False, True):
+        model = mokernels.LLM(folder, continuous_batching=continuous, dtype=torch.float32)
+        made = model.generate([[5, 6, 7], [9] * 6], greedy, use_tqdm=False)
+        answers.append([answer.outputs[0].token_ids for answer in made])
+    assert answers[0] == answers[1]
+    engine, row = Engine(), Answer([1], greedy, 0, frozenset(), 4, str)
+    assert not continuous_config(model.model, [row], engine).use_cuda_graph
 
 
 def test_a_checkpoint_that_lacks_an_experts_scale_is_refused(tmp_path):
