@@ -56,7 +56,8 @@ def choose_layers(model: nn.Module, config: QuantizeConfig) -> dict[str, Format]
     left = [name for name in needed if config.choose(name) is not None]
     if left:
         logger.warning(
-            "%d layers stay plain, since %s reads their weights itself or wants them in fp32: %s%s",
+            "%d layers stay plain, since %s reads their weights itself, wants them in fp32 or lets "
+            "them compute something else: %s%s",
             len(left),
             type(model).__name__,
             ", ".join(left[:3]),
@@ -77,9 +78,15 @@ def excluded_patterns(model: nn.Module, chosen: Mapping[str, Format]) -> list[st
     plain = [
         name
         for name, module in model.named_modules()
-        if isinstance(module, _CONVERTIBLE) and name not in chosen
+        if _is_convertible(module) and name not in chosen
     ]
     return patterns_of([*plain, *_routers(model, chosen)], chosen)
+
+
+def _is_convertible(module: nn.Module) -> bool:
+    """Whether it is one of these kinds, and computes what they do: Gemma's embedding scales too."""
+    kind = next((kind for kind in _CONVERTIBLE if isinstance(module, kind)), None)
+    return kind is not None and type(module).forward is kind.forward
 
 
 def _routers(model: nn.Module, chosen: Mapping[str, Format]) -> list[str]:
@@ -196,9 +203,9 @@ def _nothing_to_quantize(model: nn.Module, linears: int) -> ArgumentError:
 def _needed_as_they_are(model: nn.Module, linears: Mapping[str, nn.Linear]) -> list[str]:
     """Linear layers that are more than what they compute.
 
-    Attention of torch multiplies by its output layer's weight without calling that layer. A model
-    of transformers names what it keeps in fp32; T5 casts activations to the dtype of such a weight,
-    which codes would make integers.
+    A class of its own may compute something else. Attention of torch multiplies by its output
+    layer's weight without calling that layer. A model of transformers names what it keeps in fp32;
+    T5 casts activations to the dtype of such a weight, which codes would make integers.
     """
     kept = [
         f".{entry}."
@@ -209,6 +216,7 @@ def _needed_as_they_are(model: nn.Module, linears: Mapping[str, nn.Linear]) -> l
         name
         for name, linear in linears.items()
         if isinstance(linear, NonDynamicallyQuantizableLinear)
+        or type(linear).forward is not nn.Linear.forward
         or any(entry in f".{name}." for entry in kept)
     ]
 

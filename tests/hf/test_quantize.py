@@ -431,6 +431,21 @@ def test_a_layer_that_attention_reads_stays_plain(caplog):
     assert model(torch.randn(1, 3, 64)).isfinite().all()
 
 
+class Doubled(nn.Linear):
+    """A linear layer that is none."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def test_a_layer_that_computes_something_else_stays_plain(caplog):
+    model = nn.Sequential(Doubled(64, 64), nn.Linear(64, 64))
+    quantized("MXFP8", model)
+    assert type(model[0]) is Doubled
+    assert isinstance(model[1], QuantizedLinear)
+    assert "lets them compute something else: 0" in caplog.text
+
+
 def test_weights_the_other_way_round_are_named():
     config = transformers.GPT2Config(n_embd=64, n_layer=1, n_head=4, vocab_size=128)
     with pytest.raises(ArgumentError, match=r"4 layers like 'transformer\.h\.0\.attn\.c_attn' are"):

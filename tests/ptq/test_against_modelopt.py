@@ -13,7 +13,9 @@ import json
 
 import modelopt.torch.quantization as mtq
 import torch
+from modelopt.torch.export import export_hf_checkpoint
 from modelopt.torch.quantization.utils.core_utils import update_quant_cfg_with_kv_cache_quant
+from transformers import AutoModelForImageTextToText
 
 import mokernels
 from tests.ptq.golden import (
@@ -24,6 +26,7 @@ from tests.ptq.golden import (
     known_model,
     modelopt_export,
 )
+from tests.support import vision
 
 pytestmark = pytest.mark.slow
 FILES = ("model.safetensors", "config.json", "hf_quant_config.json", "generation_config.json")
@@ -84,6 +87,24 @@ def test_every_file_of_a_mixture_of_formats_is_the_same(architecture, tmp_path):
         assert ours.read_bytes() == theirs.read_bytes(), name
     listed = json.loads((tmp_path / "ours" / "hf_quant_config.json").read_text())["quantization"]
     assert any(name.endswith(".experts") for name in listed["quantized_layers"])
+
+
+@pytest.mark.parametrize("format", ["FP8", "NVFP4"])
+@pytest.mark.parametrize("architecture", vision.MODELS)
+def test_every_file_of_a_vision_model_is_the_same(architecture, format, tmp_path):
+    vision.known_vision_model(architecture).save_pretrained(tmp_path / "plain")
+
+    def load():
+        return AutoModelForImageTextToText.from_pretrained(tmp_path / "plain", dtype=torch.bfloat16)
+
+    theirs, config = load(), preset(format, None)
+    export_hf_checkpoint(mtq.quantize(theirs, config, vision.see), export_dir=tmp_path / "theirs")
+    ours = load()
+    mokernels.quantize(ours, preset(format, None), vision.see, unseen="max", progress=False)
+    mokernels.export(ours, tmp_path / "ours")
+    for name in FILES[:3]:
+        both = [(tmp_path / side / name).read_bytes() for side in ("theirs", "ours")]
+        assert both[0] == both[1], name
 
 
 def test_names_in_memory_are_read_too(tmp_path):
