@@ -109,6 +109,24 @@ def test_quantize_export_load_compile_generate(device, format, tmp_path):
 
 
 @pytest.mark.parametrize("format", FIVE)
+def test_a_mixture_of_experts(device, format, tmp_path):
+    model = tiny_model("Qwen3Moe", **WIDER).to(device)
+    batches = [{"input_ids": tokens(32, 2).to(device)} for _ in range(2)]
+    mokernels.quantize(model, format, batches, unseen="max")
+    mokernels.export(model, tmp_path / "m")
+    ids = tokens(24).to(device)
+    loaded = mokernels.from_pretrained(tmp_path / "m", device_map={"": device})
+    with torch.no_grad():
+        assert torch.equal(loaded(input_ids=ids).logits, model(input_ids=ids).logits)
+    answer = mokernels.generate(loaded, {"input_ids": ids}, do_sample=False, **SIXTEEN)
+    assert_greedy(loaded, answer, 24)
+    byte_tokenizer().save_pretrained(tmp_path / "m")
+    greedy = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
+    llm = LLM(tmp_path / "m", device_map={"": device}, continuous_batching=True)
+    assert len(llm.generate("Hello", greedy, use_tqdm=False)[0].outputs[0].token_ids) == 4
+
+
+@pytest.mark.parametrize("format", FIVE)
 def test_quantizing_on_a_gpu_gives_the_bytes_of_a_cpu(device, format, tmp_path):
     for name, place in (("cpu", torch.device("cpu")), ("gpu", device)):
         model = tiny_model("Qwen2", **WIDER).to(place)
