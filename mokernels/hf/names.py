@@ -56,6 +56,17 @@ class Namer:
             layer for layer in layers if isinstance(self.modules.get(self.module(layer)), nn.Linear)
         ]
 
+    def ignores(self, layer: str) -> bool:
+        """Whether the model does not read a layer that checkpoints have.
+
+        DeepSeek's, which predict a second token, are an example.
+        """
+        patterns = getattr(self._model, "_keys_to_ignore_on_load_unexpected", None) or ()
+        key = f"{layer}.weight"
+        return self.parameter(key) not in self.parameters and any(
+            re.search(pattern, key) for pattern in patterns
+        )
+
     def missing(self, keys: Iterable[str]) -> list[str]:
         """Parameters of the base model that no tensor of the checkpoint fills.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -125,16 +126,17 @@ class ModelOptQuantizer(HfQuantizer):
             namer = Namer(model)
             names = namer.linear_layers(checkpoint.tensors)
             report = audit(checkpoint, values="scales", linear_names=names)
+        plan = _without_ignored(namer, report.plan)
         findings = [
             *report.errors,
-            *_misfits(namer, report.plan, type(model).__name__),
+            *_misfits(namer, plan, type(model).__name__),
             *_missing(namer, checkpoint.tensors),
         ]
         if findings:
             raise CheckpointError(source, findings)
         for warning in report.warnings:
             logger.warning("%s", warning)
-        return namer, report.plan
+        return namer, plan
 
     def _replace(
         self, model: nn.Module, layer: LayerPlan, module: str, beside: tuple[Format, ...]
@@ -220,6 +222,13 @@ def _not_safetensors(files: list[str]) -> Finding:
         wanted="model.safetensors or its shards",
         remedy="Load the folder by its path, without state_dict=.",
     )
+
+
+def _without_ignored(namer: Namer, plan: CheckpointPlan) -> CheckpointPlan:
+    """The plan without what the model's class leaves in the files: layers for other programs."""
+    layers = tuple(layer for layer in plan.layers if not namer.ignores(layer.name))
+    scales = {name: group for name, group in plan.kv_scales.items() if not namer.ignores(name)}
+    return dataclasses.replace(plan, layers=layers, kv_scales=scales)
 
 
 def _misfits(namer: Namer, plan: CheckpointPlan, architecture: str) -> Iterator[Finding]:

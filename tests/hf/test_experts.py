@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -199,9 +199,25 @@ def test_answers_in_batches(tmp_path):
     assert not continuous_config(model.model, [row], engine).use_cuda_graph
 
 
-def test_a_checkpoint_that_lacks_an_experts_scale_is_refused(tmp_path):
-    from safetensors.torch import save_file
+def test_layers_that_the_class_leaves_in_the_files(tmp_path):
+    model = quantized("MXFP8", tiny_model("DeepseekV3"))
+    folder = mokernels.export(model, tmp_path / "out")
+    tensors = load_file(folder / "model.safetensors")
+    more = {
+        name.replace("layers.1.", "layers.61."): tensor.clone()
+        for name, tensor in tensors.items()
+        if "layers.1." in name
+    }
+    save_file(tensors | more, folder / "model.safetensors", metadata={"format": "pt"})
+    again = mokernels.from_pretrained(folder)
+    assert torch.equal(again(batches()[0]).logits, model(batches()[0]).logits)
+    other = {name.replace("layers.61.", "layers.7."): tensor for name, tensor in more.items()}
+    save_file(tensors | other, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"layers\.7\.mlp"):
+        mokernels.from_pretrained(folder)
 
+
+def test_a_checkpoint_that_lacks_an_experts_scale_is_refused(tmp_path):
     folder = mokernels.export(quantized("MXFP8", tiny_model("Mixtral")), tmp_path / "out")
     tensors = load_file(folder / "model.safetensors")
     del tensors["model.layers.1.block_sparse_moe.experts.2.w3.weight_scale"]
@@ -211,8 +227,6 @@ def test_a_checkpoint_that_lacks_an_experts_scale_is_refused(tmp_path):
 
 
 def test_projections_of_unknown_names_are_refused(tmp_path):
-    from safetensors.torch import save_file
-
     folder = mokernels.export(quantized("MXFP8", tiny_model("Qwen3Moe")), tmp_path / "out")
     tensors = load_file(folder / "model.safetensors")
     other = {name.replace(".up_proj.", ".lift."): tensor for name, tensor in tensors.items()}
