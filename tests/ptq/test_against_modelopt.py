@@ -40,6 +40,12 @@ def preset(format, cache):
     return update_quant_cfg_with_kv_cache_quant(config, rules)
 
 
+def assert_same_files(folder, names):
+    for name in names:
+        theirs, ours = (folder / side / name for side in ("theirs", "ours"))
+        assert ours.read_bytes() == theirs.read_bytes(), name
+
+
 @pytest.mark.parametrize("cache", [None, "FP8", "NVFP4"])
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -50,9 +56,7 @@ def test_every_file_is_the_same(format, architecture, tied, cache, tmp_path):
     model = known_model(architecture, tied=tied)
     mokernels.quantize(model, config, batches(), progress=False)
     mokernels.export(model, tmp_path / "ours")
-    for name in FILES:
-        theirs, ours = (tmp_path / side / name for side in ("theirs", "ours"))
-        assert ours.read_bytes() == theirs.read_bytes(), name
+    assert_same_files(tmp_path, FILES)
 
 
 @pytest.mark.parametrize(("architecture", "format"), MIXED_CASES)
@@ -62,9 +66,7 @@ def test_every_file_of_a_mixture_is_the_same(architecture, format, tmp_path):
     model = known_model(architecture)
     mokernels.quantize(model, config, batches(), unseen="max", progress=False)
     mokernels.export(model, tmp_path / "ours")
-    for name in FILES:
-        theirs, ours = (tmp_path / side / name for side in ("theirs", "ours"))
-        assert ours.read_bytes() == theirs.read_bytes(), name
+    assert_same_files(tmp_path, FILES)
     loaded = mokernels.from_pretrained(tmp_path / "theirs")
     ids = batches()[0]
     assert torch.equal(loaded(ids).logits, model(ids).logits)
@@ -82,9 +84,7 @@ def test_every_file_of_a_mixture_of_formats_is_the_same(architecture, tmp_path):
     model = known_model(architecture)
     mokernels.quantize(model, config, batches(), unseen="max", progress=False)
     mokernels.export(model, tmp_path / "ours")
-    for name in FILES:
-        theirs, ours = (tmp_path / side / name for side in ("theirs", "ours"))
-        assert ours.read_bytes() == theirs.read_bytes(), name
+    assert_same_files(tmp_path, FILES)
     listed = json.loads((tmp_path / "ours" / "hf_quant_config.json").read_text())["quantization"]
     assert any(name.endswith(".experts") for name in listed["quantized_layers"])
 
@@ -102,9 +102,7 @@ def test_every_file_of_a_vision_model_is_the_same(architecture, format, tmp_path
     ours = load()
     mokernels.quantize(ours, preset(format, None), vision.see, unseen="max", progress=False)
     mokernels.export(ours, tmp_path / "ours")
-    for name in FILES[:3]:
-        both = [(tmp_path / side / name).read_bytes() for side in ("theirs", "ours")]
-        assert both[0] == both[1], name
+    assert_same_files(tmp_path, FILES[:3])
 
 
 def test_names_in_memory_are_read_too(tmp_path):
