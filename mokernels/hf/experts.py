@@ -84,18 +84,9 @@ class Experts(nn.ModuleList):
 
     def _one(self, expert: nn.Module, x: Tensor) -> Tensor:
         gate, up, down = (getattr(expert, name) for name in self.names)
-        made: Tensor = down(_gated(self.__dict__["fused"], torch.cat([gate(x), up(x)], dim=-1)))
+        both = torch.cat([gate(x), up(x)], dim=-1)
+        made: Tensor = down(self.__dict__["fused"]._apply_gate(both))
         return made
-
-
-def _gated(fused: Any, both: Tensor) -> Tensor:
-    """The activation of a module of transformers, on the gate's and the other half [T, 2 I]."""
-    if hasattr(fused, "_apply_gate"):
-        made: Tensor = fused._apply_gate(both)
-        return made
-    gate, up = both.chunk(2, dim=-1)
-    product: Tensor = fused.act_fn(gate) * up
-    return product
 
 
 def _taken_apart(fused: Any, names: ExpertNames) -> Iterator[Expert]:
@@ -117,7 +108,8 @@ def _linear(weight: Tensor, trains: bool) -> nn.Linear:
 def fused_experts(model: nn.Module) -> dict[str, nn.Module]:
     """Modules with experts in two 3-D parameters that :func:`expand` can take apart, by name.
 
-    Interleaved, transposed and biased ones (gpt-oss, Llama 4) are not among them.
+    Interleaved, transposed and biased ones (gpt-oss, Llama 4) are not among them, nor what does not
+    follow transformers' interface of experts, by which others may compute what their class does.
     """
     return {name: module for name, module in model.named_modules() if _can_expand(module)}
 
@@ -130,7 +122,8 @@ def _can_expand(module: nn.Module) -> bool:
     usual = {"is_transposed": False, "has_bias": False, "has_gate": True, "is_concatenated": True,
              "has_post_expert_norm": False}  # fmt: skip
     plain = all(getattr(module, name, value) == value for name, value in usual.items())
-    return plain and not others and 2 * down.shape[2] == gate_up.shape[1]
+    follows = hasattr(module, "_apply_gate")
+    return follows and plain and not others and 2 * down.shape[2] == gate_up.shape[1]
 
 
 def expand(model: nn.Module, names: ExpertNames) -> dict[str, nn.Module]:

@@ -172,6 +172,21 @@ def test_what_cannot_be_taken_apart_is_named(tmp_path):
     assert not fused_experts(biased)
 
 
+def test_experts_that_may_compute_something_else_are_refused():
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gate_up_proj = nn.Parameter(torch.randn(2, 64, 32))
+            self.down_proj = nn.Parameter(torch.randn(2, 32, 32))
+
+    model = tiny_model("Qwen3Moe")
+    model.set_submodule(PLACE, Own())
+    with pytest.raises(
+        ArgumentError, match=r"experts 'model\.layers\.1\.mlp\.experts' of Qwen3Moe"
+    ):
+        quantized("MXFP8", model)
+
+
 def test_compiled_and_generated(tmp_path):
     folder = mokernels.export(quantized("FP8_PB_WO", tiny_model("Qwen3Moe")), tmp_path / "out")
     model = mokernels.from_pretrained(folder)
