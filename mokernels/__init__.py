@@ -154,7 +154,8 @@ def quantize(
         observer: "max"; "percentile" or ``{"percentile": 99.9}``; "mse", the amax with the least
             squared error. Of activations; weights always go by their largest magnitude.
         unseen: what to do about layers that saw no data: "error" names them, "max" takes the
-            largest amax of the same projection elsewhere, a number is their amax.
+            largest amax of the other experts of the layer, or of the same projection elsewhere; a
+            number is their amax.
         resume: a file that keeps what calibration has seen; a run that was interrupted goes on from
             it. Only with batches.
         out_dir: where you will export to, to be checked now.
