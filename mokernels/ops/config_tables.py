@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from types import MappingProxyType
 from typing import Literal
 
@@ -64,7 +65,7 @@ class GemmConfig:
         """What fixes the order of addition, for one kind and target; equal orders, equal bits."""
         return self.block_k, self.split_k, self.promote
 
-    @property
+    @cached_property
     def split(self) -> Split:
         """What the kernels do about the partial sums."""
         if self.split_k == 1 or self.serial:

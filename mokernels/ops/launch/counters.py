@@ -79,8 +79,18 @@ def counters_for(device: torch.device, tiles: int) -> Tensor:
     """
     if device.type in ("cpu", "meta"):
         return torch.zeros(tiles, dtype=torch.int32, device=device)
-    with _LOCK, torch.accelerator.device_index(device.index):
-        return _COUNTERS.setdefault(device, Counters(device)).for_launch(tiles)
+    if device.index in (None, torch.accelerator.current_device_index()):
+        return _of_current_device(device, tiles)
+    with torch.accelerator.device_index(device.index):
+        return _of_current_device(device, tiles)
+
+
+def _of_current_device(device: torch.device, tiles: int) -> Tensor:
+    with _LOCK:
+        counters = _COUNTERS.get(device)
+        if counters is None:
+            counters = _COUNTERS[device] = Counters(device)
+        return counters.for_launch(tiles)
 
 
 def is_capturing(device: torch.device) -> bool:

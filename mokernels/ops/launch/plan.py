@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from mokernels.ops.launch.direct import launch
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -39,7 +41,7 @@ class Launch:
         """
         if 0 in self.grid:
             return
-        self.kernel[self.grid](*self.args, **self.options(dependent))
+        launch(self.kernel, self.grid, self.args, self.constants, self._how(dependent))
 
     def compile(self, dependent: bool = False) -> None:
         """Compile for the current device what :meth:`run` would launch, if it is not there yet."""
@@ -47,8 +49,10 @@ class Launch:
 
     def options(self, dependent: bool = False) -> dict[str, Any]:
         """What the kernel is given by name: its constants, and how to compile and launch it."""
+        return {**self.constants, **self._how(dependent)}
+
+    def _how(self, dependent: bool) -> dict[str, Any]:
         chosen = {
-            **self.constants,
             "num_warps": self.num_warps,
             "num_stages": self.num_stages,
             "enable_fp_fusion": self.fp_fusion,

@@ -1,0 +1,127 @@
+"""Launches of kernels that have been launched before, without a search for the compiled kernel.
+
+Triton finds the compiled kernel of a call anew each time: it binds the arguments, classifies them,
+parses the options. In an eager call of an operator that was half of the host's time. Here one tuple
+finds it. Equal tuples give Triton's own classification equal inputs, so that a kernel is never
+launched with arguments that it was not compiled for: the tuple holds more than Triton looks at
+(integers themselves, not whether they are 1 or divisible by 16).
+
+What is launched, and how, is Triton's own call with the same arguments, to the byte
+(tests/ops/test_direct.py). Whatever is not covered goes the long way: the interpreter, descriptors
+of TMA, addresses that are not divisible by 16, devices other than CUDA's, and a process in which
+somebody watches launches by Triton's hooks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+from triton import knobs
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+MOST = 4096
+"""Launches that are remembered. The number of rows is part of what tells them apart, and prompts
+have any; beyond this many all are forgotten, which costs each one long launch."""
+
+_Found = tuple[Any, Any, Any, tuple[Any, ...]]
+_FOUND: dict[tuple[Any, ...], _Found] = {}
+
+
+def launch(
+    kernel: Any,
+    grid: tuple[int, int, int],
+    args: tuple[Any, ...],
+    constants: Mapping[str, Any],
+    options: Mapping[str, Any],
+) -> None:
+    """Launch on the current device and stream.
+
+    Args:
+        kernel: the ``@triton.jit`` function; its compile-time arguments come last.
+        grid: number of programs along three axes.
+        args: run-time arguments in the kernel's order.
+        constants: compile-time arguments by name.
+        options: how to compile and launch, by Triton's names.
+    """
+    key = _key(kernel, args, constants, options)
+    if key is None or _watched(kernel):
+        kernel[grid](*args, **constants, **options)
+        return
+    found = _FOUND.get(key)
+    if found is None:
+        compiled = kernel[grid](*args, **constants, **options)
+        _remember(key, kernel, compiled, len(args), constants)
+        return
+    run, function, metadata, last = found
+    stream = driver.active.get_current_stream(key[1])
+    run(*grid, stream, function, metadata, None, None, None, *args, *last)
+
+
+def forget() -> None:
+    """Forget all launches, for example since a kernel's source was changed."""
+    _FOUND.clear()
+
+
+def _key(
+    kernel: Any, args: tuple[Any, ...], constants: Mapping[str, Any], options: Mapping[str, Any]
+) -> tuple[Any, ...] | None:
+    """What tells compiled kernels apart; None if it cannot be told here."""
+    if not isinstance(kernel, JITFunction):
+        return None
+    told: list[Any] = [kernel.fn, driver.active.get_current_device()]
+    if _describe(args, told) & 15:
+        return None
+    return (*told, *constants, *constants.values(), *options.values())
+
+
+def _describe(args: tuple[Any, ...], told: list[Any]) -> int:
+    """Append what Triton may look at; returns all addresses or'ed, odd where it cannot be told."""
+    addresses = 0
+    for argument in args:
+        if argument is None or type(argument) is int:
+            told.append(argument)
+        elif isinstance(argument, Tensor):
+            addresses |= argument.data_ptr()
+            told.append(argument.dtype)
+        elif type(argument) is tuple:
+            told.append(len(argument))
+            addresses |= _describe(argument, told)
+        else:
+            return 1
+    return addresses
+
+
+def _watched(kernel: Any) -> bool:
+    """Whether somebody wants to see launches, or what is compiled."""
+    runtime = knobs.runtime
+    return bool(
+        _calls(runtime.launch_enter_hook)
+        or _calls(runtime.launch_exit_hook)
+        or runtime.add_stages_inspection_hook is not None
+        or kernel.pre_run_hooks
+    )
+
+
+def _calls(hook: Any) -> bool:
+    # A chain of hooks; None or a function where somebody has put that in its place.
+    return hook is not None and bool(getattr(hook, "calls", True))
+
+
+def _remember(
+    key: tuple[Any, ...], kernel: Any, compiled: Any, given: int, constants: Mapping[str, Any]
+) -> None:
+    last = tuple(parameter.name for parameter in kernel.params[given:])
+    on_cuda = driver.active.get_current_target().backend == "cuda"
+    if compiled is None or not on_cuda or set(last) != set(constants):
+        return
+    if len(_FOUND) >= MOST:
+        _FOUND.clear()
+    _FOUND[key] = (
+        compiled.run,
+        compiled.function,
+        compiled.packed_metadata,
+        tuple(constants[name] for name in last),
+    )
