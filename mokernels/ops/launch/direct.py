@@ -26,7 +26,8 @@ MOST = 4096
 """Launches that are remembered. The number of rows is part of what tells them apart, and prompts
 have any; beyond this many all are forgotten, which costs each one long launch."""
 
-_Found = tuple[Any, Any, Any, tuple[Any, ...]]
+_Found = tuple[Any, tuple[Any, ...]]
+"""A compiled kernel, which lives as long as it is remembered, and its compile-time arguments."""
 _FOUND: dict[tuple[Any, ...], _Found] = {}
 
 
@@ -55,14 +56,10 @@ def launch(
         compiled = kernel[grid](*args, **constants, **options)
         _remember(key, kernel, compiled, len(args), constants)
         return
-    run, function, metadata, last = found
+    compiled, last = found
     stream = driver.active.get_current_stream(key[1])
-    run(*grid, stream, function, metadata, None, None, None, *args, *last)
-
-
-def forget() -> None:
-    """Forget all launches, for example since a kernel's source was changed."""
-    _FOUND.clear()
+    how = (stream, compiled.function, compiled.packed_metadata, None, None, None)
+    compiled.run(*grid, *how, *args, *last)
 
 
 def _key(
@@ -119,9 +116,4 @@ def _remember(
         return
     if len(_FOUND) >= MOST:
         _FOUND.clear()
-    _FOUND[key] = (
-        compiled.run,
-        compiled.function,
-        compiled.packed_metadata,
-        tuple(constants[name] for name in last),
-    )
+    _FOUND[key] = compiled, tuple(constants[name] for name in last)
