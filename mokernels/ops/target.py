@@ -60,6 +60,11 @@ class Target:
         return self._cuda_at_least(100)
 
     @cached_property
+    def copies_scales(self) -> bool:
+        """The matrix units copy scales from shared memory, in an order of theirs (tcgen05)."""
+        return self.arch in (100, 103)
+
+    @cached_property
     def has_tma(self) -> bool:
         """A unit copies blocks of matrices to shared memory by descriptors (Hopper and later)."""
         return self._cuda_at_least(90)

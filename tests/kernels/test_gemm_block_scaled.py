@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from mokernels import numerics
 from mokernels.ops import launch
 from mokernels.ops.configs import BLOCKS_PER_SPLIT, Kind, bucket, choose
-from mokernels.ops.target import Target
+from mokernels.ops.target import SM_100, Target
 from tests.kernels.products import (
     BF16,
     FP8,
@@ -76,6 +76,26 @@ def test_mxfp8_gemm(device, seed, target, lead, n, k, dtype, bias_dtype, layout)
     y = launch.mxfp8_gemm(a, b, scale_a, scale_b, bias, NAMES[dtype], target=target)
     x, w = numerics.dequantize_mxfp8(a, scale_a), numerics.dequantize_mxfp8(b, scale_b)
     assert_product(y, x, w, bias, dtype)
+
+
+@pytest.mark.parametrize("format", ["nvfp4", "mxfp8"])
+@pytest.mark.parametrize(("m", "n", "k"), [(131, 200, 544), (130, 129, 512), (20, 150, 544)])
+def test_scales_in_the_order_of_the_matrix_units_are_the_same_scales(device, format, m, n, k):
+    # Tiles of 128 rows or more: every scale of every row and column has to find its place.
+    draw = Draw(device, 3)
+    if format == "nvfp4":
+        (a, scale_a, global_a), (b, scale_b, global_b) = nvfp4(draw, m, k), nvfp4(draw, n, k)
+        scales = (scale_a, scale_b, global_a, global_b)
+        x = numerics.dequantize_nvfp4(a, scale_a, global_a)
+        w = numerics.dequantize_nvfp4(b, scale_b, global_b)
+        multiply = launch.nvfp4_gemm
+    else:
+        (a, scale_a), (b, scale_b) = mxfp8(draw, m, k), mxfp8(draw, n, k)
+        scales = (scale_a, scale_b)
+        x, w = numerics.dequantize_mxfp8(a, scale_a), numerics.dequantize_mxfp8(b, scale_b)
+        multiply = launch.mxfp8_gemm
+    y = multiply(a, b, *scales, None, NAMES[FP32], target=SM_100)
+    assert_product(y, x, w, None, FP32)
 
 
 @settings(max_examples=25)

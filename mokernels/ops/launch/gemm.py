@@ -375,4 +375,5 @@ def _plan_native(
     config = choose(kind, *sizes, target, plan_n, invariant)
     element = "e2m1" if kind is Kind.NVFP4 else "e4m3"
     operands = Operands(pointers, strides, sizes)
-    return plan_product(gemm_native, operands, ending, config, ELEMENT=element)
+    constants = {"ELEMENT": element, "IN_ORDER": target.copies_scales}
+    return plan_product(gemm_native, operands, ending, config, **constants)
