@@ -157,15 +157,17 @@ def gemm_native(
     rm = indices(tile_m, BLOCK_M)
     rn = indices(tile_n, BLOCK_N)
     x_rows = row_pointers(x, rm, stride_x)
-    bx_rows = row_pointers(block_scale_x, rm, stride_bx)
     w_rows = weight_rows(w, rn, N, stride_w)
-    bw_rows = weight_rows(block_scale_w, rn, N, stride_bw)
     bx_inside, bw_inside = None, None
     COLUMNS: tl.constexpr = BLOCK_K // (16 if ELEMENT == "e2m1" else 32)
     if IN_ORDER and BLOCK_M >= 128:
         bx_rows, bx_inside = scales_in_order(block_scale_x, tile_m, M, stride_bx, BLOCK_M, COLUMNS)
+    else:
+        bx_rows = row_pointers(block_scale_x, rm, stride_bx)
     if IN_ORDER and BLOCK_N >= 128:
         bw_rows, bw_inside = scales_in_order(block_scale_w, tile_n, N, stride_bw, BLOCK_N, COLUMNS)
+    else:
+        bw_rows = weight_rows(block_scale_w, rn, N, stride_bw)
     if SPLIT == "serial":
         acc = no_parts(BLOCK_M, BLOCK_N, SWAP)
         for part in range(number_of_parts(K, blocks_per_split, BLOCK_K)):

@@ -1,15 +1,16 @@
 """Launches of kernels that have been launched before, without a search for the compiled kernel.
 
 Triton finds the compiled kernel of a call anew each time: it binds the arguments, classifies them,
-parses the options. In an eager call of an operator that was half of the host's time. Here one tuple
-finds it. Equal tuples give Triton's own classification equal inputs, so that a kernel is never
-launched with arguments that it was not compiled for: the tuple holds more than Triton looks at
-(integers themselves, not whether they are 1 or divisible by 16).
+parses the options, which takes the host longer than the launch. Here one tuple finds it. Equal
+tuples give Triton's own classification equal inputs, so that a kernel is never launched with
+arguments that it was not compiled for: the tuple holds more than Triton looks at (integers
+themselves, not whether they are 1 or divisible by 16).
 
 What is launched, and how, is Triton's own call with the same arguments, to the byte
 (tests/ops/test_direct.py). Whatever is not covered goes the long way: the interpreter, descriptors
 of TMA, addresses that are not divisible by 16, devices other than CUDA's, and a process in which
-somebody watches launches by Triton's hooks.
+somebody watches launches by Triton's hooks. Triton's settings for compiling (``TRITON_DEBUG``) are
+those of a kernel's first launch, and are not looked at again.
 """
 
 from __future__ import annotations
