@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import wraps
+from functools import partial, wraps
 from importlib import import_module
 from typing import Any
 
@@ -50,7 +50,7 @@ def register(
     _REFERENCES[name] = reference
     LIBRARY.impl(name, _checked(check, reference), "CPU")
     for key in TRITON_KEYS:
-        LIBRARY.impl(name, _checked(check, _launcher(*(launcher or (name,)))), key)
+        LIBRARY.impl(name, _launcher(check, *(launcher or (name,))), key)
     torch.library.register_fake(f"{NAMESPACE}::{name}", _checked(check, fake), lib=LIBRARY)
 
 
@@ -80,17 +80,24 @@ def _checked(check: Function, implementation: Function) -> Function:
     return call
 
 
-def _launcher(name: str, *leading: str) -> Function:
+def _launcher(check: Function, name: str, *leading: str) -> Function:
     """The launcher of this name with its first arguments, imported at its first call."""
     loaded: Function | None = None
 
     def launch(*args: Any, **kwargs: Any) -> Any:
         nonlocal loaded
         if loaded is None:
-            loaded = _import_launcher(name)
-        return loaded(*leading, *args, **kwargs)
+            launcher = partial(_import_launcher(name), *leading)
+            # What is checked is among what tells remembered calls apart.
+            loaded = _replayed(_checked(check, launcher))
+        return loaded(*args, **kwargs)
 
     return launch
+
+
+def _replayed(call: Function) -> Function:
+    replayed: Function = import_module("mokernels.ops.launch.replay").Replayed(call)
+    return replayed
 
 
 def _import_launcher(name: str) -> Function:

@@ -76,9 +76,14 @@ def user_file(device: str) -> Path:
     return cache_folder() / "tuned" / file_name(device)
 
 
+def edition() -> int:
+    """Another number whenever what is chosen may have changed."""
+    return _edition
+
+
 def forget() -> None:
     """Read the files again at the next launch, for after they have changed."""
-    _chosen.cache_clear()
+    _choose_again()
     _tables.cache_clear()
     _warned.clear()
 
@@ -94,17 +99,24 @@ def forced(key: Key, config: GemmConfig) -> Iterator[None]:
         raise ValueError("two configurations cannot be forced at once: measure one by one")
     try:
         _forced[key] = config
-        _chosen.cache_clear()
+        _choose_again()
         yield
     finally:
         _forced.clear()
-        _chosen.cache_clear()
+        _choose_again()
         _forcing.release()
 
 
 _forced: dict[Key, GemmConfig] = {}
 _forcing = threading.Lock()
 _warned: set[Path] = set()
+_edition = 0
+
+
+def _choose_again() -> None:
+    global _edition
+    _edition += 1
+    _chosen.cache_clear()
 
 
 @cache

@@ -107,7 +107,7 @@ class DeviceBench:
         return run
 
     def _run(self, x: Tensor, weight: dict[str, Tensor]) -> Tensor:
-        from mokernels.ops.launch.product import run
+        from mokernels.ops.launch.plan import run
 
         return run(self._plan(x, weight))
 

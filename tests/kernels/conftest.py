@@ -59,7 +59,8 @@ def _poisoned(allocate: Callable[..., Any]) -> Callable[..., Any]:
     def call(*arguments: Any, **keywords: Any) -> Any:
         tensor = allocate(*arguments, **keywords)
         if tensor.device.type != "meta" and not isinstance(tensor, FakeTensor):
-            tensor.untyped_storage().fill_(0xFF)
+            with torch._C._DisableTorchDispatch():  # no part of what a mode may be watching
+                tensor.untyped_storage().fill_(0xFF)
         return tensor
 
     return call

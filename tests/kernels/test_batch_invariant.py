@@ -12,9 +12,10 @@ from torch import Tensor
 from mokernels.invariance import batch_invariant
 from mokernels.ops import launch
 from mokernels.ops.configs import choose
-from mokernels.ops.launch import decode, gemm, product
+from mokernels.ops.launch import decode, gemm
 from mokernels.ops.launch.fused import plan_norm_quantize
 from mokernels.ops.launch.linear import plan_mxfp8_linear
+from mokernels.ops.launch.plan import run
 from mokernels.ops.target import Target
 from tests.kernels.products import BF16, FP16, FP32, TARGETS, Draw, few_processors
 from tests.support import interpreted_dots
@@ -213,7 +214,7 @@ def test_serial_parts_take_no_workspace(device, target):
         assert kernels[0] == "quantize_blocks"
         assert len(kernels) == 2
         assert planned[1][1].constants["SPLIT"] == ("serial" if invariant else None)
-    result = product.run(planned)
+    result = run(planned)
     assert not result.isnan().any()
 
 
@@ -241,10 +242,10 @@ def test_fused_activations_need_no_mode(device, target, quantizer):
     norm = lambda rows: launch.add_rms_norm_quantize(  # noqa: E731
         quantizer, gate[rows], up[rows], weight, 1e-6, "cast_then_scale", target=target
     )
-    for run in (gated, norm):
-        batch = run(slice(None))
+    for call in (gated, norm):
+        batch = call(slice(None))
         for row in (0, 77, 129):
-            for whole, alone in zip(batch, run(slice(row, row + 1)), strict=True):
+            for whole, alone in zip(batch, call(slice(row, row + 1)), strict=True):
                 assert_same_bits(*(t.view(torch.uint8) for t in (alone, whole[row : row + 1])))
 
 

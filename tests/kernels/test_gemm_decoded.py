@@ -17,7 +17,8 @@ from mokernels.ops.configs import Kind, choose
 from mokernels.ops.launch import decode, decoded
 from mokernels.ops.launch.decoded import ROWS_OF_PART, WORKSPACE_BYTES, parts_of
 from mokernels.ops.launch.linear import plan_mxfp8_linear, plan_nvfp4_linear
-from mokernels.ops.launch.product import Planned, run
+from mokernels.ops.launch.plan import run
+from mokernels.ops.launch.product import Planned
 from mokernels.ops.target import SM_90, Target
 from tests.kernels.products import BF16, FP8, FP16, FP32, TARGETS, Draw, assert_product
 from tests.support import interpreted_dots

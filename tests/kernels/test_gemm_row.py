@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mokernels.ops import launch
 from mokernels.ops.launch.linear import plan_mxfp8_linear, plan_nvfp4_linear
-from mokernels.ops.launch.product import run
+from mokernels.ops.launch.plan import run
 from mokernels.ops.launch.quantize import plan_fake_quantize_mxfp8, plan_fake_quantize_nvfp4
 from mokernels.ops.target import Target
 from tests.kernels.products import (

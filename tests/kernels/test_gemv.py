@@ -16,7 +16,8 @@ from mokernels.ops.configs import Kind, choose
 from mokernels.ops.launch import gemv as gemv_launch
 from mokernels.ops.launch.decode import plan_nvfp4_decode
 from mokernels.ops.launch.linear import plan_nvfp4_linear
-from mokernels.ops.launch.product import Planned, run
+from mokernels.ops.launch.plan import run
+from mokernels.ops.launch.product import Planned
 from mokernels.ops.launch.quantize import plan_fake_quantize_nvfp4
 from mokernels.ops.quantizing import WEIGHTS_WORTH_A_LAUNCH
 from mokernels.ops.target import HIP_TARGETS, Target

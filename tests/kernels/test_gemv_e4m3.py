@@ -18,7 +18,8 @@ from mokernels.ops.launch import gemv as gemv_launch
 from mokernels.ops.launch.decode import plan_mxfp8_decode
 from mokernels.ops.launch.gemm import plan_fp8_weight_only
 from mokernels.ops.launch.linear import plan_mxfp8_linear
-from mokernels.ops.launch.product import Planned, run
+from mokernels.ops.launch.plan import run
+from mokernels.ops.launch.product import Planned
 from mokernels.ops.launch.quantize import plan_fake_quantize_mxfp8
 from mokernels.ops.quantizing import E4M3_WEIGHTS_WORTH_A_GEMV
 from mokernels.ops.target import HIP_TARGETS, Target

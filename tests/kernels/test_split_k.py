@@ -12,7 +12,8 @@ from torch import Tensor
 from mokernels.ops import config_tables
 from mokernels.ops.configs import choose
 from mokernels.ops.launch import decode, gemm, gemv, linear, quantizing
-from mokernels.ops.launch.product import Planned, run
+from mokernels.ops.launch.plan import run
+from mokernels.ops.launch.product import Planned
 from mokernels.ops.quantizing import E4M3_WEIGHTS_WORTH_A_GEMV, TOKEN_K_IN_GEMM
 from mokernels.ops.target import SM_80, SM_90, SM_100, Target
 from tests.kernels.products import BF16, FP32, TARGETS, Draw

@@ -11,7 +11,7 @@ import mokernels.numerics as numerics
 from mokernels.ops.config_tables import GemmConfig
 from mokernels.ops.configs import Kind, bucket
 from mokernels.ops.launch.decode import plan_nvfp4_decode
-from mokernels.ops.launch.product import run
+from mokernels.ops.launch.plan import run
 from mokernels.ops.table_files import Key
 from mokernels.ops.target import SM_80, SM_90, target_of
 from mokernels.ops.tuned import forced

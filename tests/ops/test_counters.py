@@ -79,6 +79,9 @@ def test_captured_launches_share_none(device):
     captured = [owned.for_launch(tiles) for tiles in (3, 3, 7)]
     assert [found.numel() for found in captured] == [3, 3, 7]
     assert_disjoint(eager, *captured)
+    # Other addresses would take another kernel, compiled inside of the capture.
+    start = device.reserves[0].data_ptr()
+    assert [(found.data_ptr() - start) % 16 for found in (eager, *captured)] == [0] * 4
     device.capturing = False
     assert addresses(owned.for_launch(3)) == addresses(eager)
     assert len(device.reserves) == 1

@@ -58,5 +58,18 @@ def test_what_is_different_goes_the_long_way(found, what, long):
     assert found["other_ways"][what] == long
 
 
+def test_replayed_calls_launch_what_planned_ones_do(found):
+    assert len(found["replayed"]) >= 16
+    for name, (planned, *replays) in found["replayed"].items():
+        assert planned["planned"] == 1, name
+        # Each has an argument of the operator in front, and the result somewhere.
+        function, _, values = planned["launches"][-1]
+        assert function, name
+        assert "result 0" in values, name
+        assert any(str(value).startswith("argument") for value in values), name
+        for replay in replays:
+            assert replay == {**planned, "planned": 0}, name
+
+
 def test_launches_are_not_remembered_without_end(found):
     assert found["other_ways"]["remembered of too many"] == 1

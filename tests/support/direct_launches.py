@@ -1,4 +1,4 @@
-"""Launches the long and the direct way over a stub of libcuda; prints what was seen as JSON.
+"""Launches the long and the direct way, and replayed calls, over a stub of libcuda; as JSON.
 
 ``python -m tests.support.direct_launches FOLDER``, in a process of its own.
 """
@@ -9,15 +9,18 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
+from torch import Tensor
 from triton import knobs
 from triton.runtime.jit import JITFunction
 
-from mokernels.ops.launch import direct
+from mokernels.ops.launch import direct, replay
+from mokernels.ops.launch.fused import plan_norm_quantize
 from mokernels.ops.launch.gemm import plan_fp8_gemm, plan_fp8_weight_only
 from mokernels.ops.launch.linear import (
     plan_fp8_block_linear,
@@ -26,43 +29,36 @@ from mokernels.ops.launch.linear import (
     plan_mxfp8_linear,
     plan_nvfp4_linear,
 )
-from mokernels.ops.launch.plan import Launch
+from mokernels.ops.launch.plan import Launch, run
+from mokernels.ops.launch.replay import Replayed
 from mokernels.ops.target import SM_90
 from tests.support.stub_driver import Stub
 
 N, K = 256, 512
 
 
-def plans() -> Iterator[tuple[str, Callable[[int], tuple[Launch, ...]]]]:
-    """Launches of some operators for as many rows as are asked for."""
+Plan = Callable[..., tuple[Tensor, tuple[Launch, ...]]]
+
+
+def calls(m: int) -> Iterator[tuple[str, Plan, tuple[Any, ...]]]:
+    """Some operators' plans, and arguments for m rows."""
     codes, scale = torch.zeros(N, K, dtype=torch.float8_e4m3fn), torch.ones(())
     blocks, columns = torch.ones(N // 128, K // 128), torch.ones(N)
     packed = torch.zeros(N, K // 2, dtype=torch.uint8)
     e8m0 = torch.full((N, K // 32), 127, dtype=torch.uint8)
-    e4m3 = codes[:, : K // 16]
+    e4m3 = codes[:, : K // 16].contiguous()
     bias = torch.zeros(N, dtype=torch.bfloat16)
-    on = {"target": SM_90}
-
-    def x(m: int) -> torch.Tensor:
-        return torch.zeros(m, K, dtype=torch.bfloat16)
-
-    yield "static", lambda m: plan_fp8_linear(x(m), codes, scale, scale, bias, scale, **on)[1]
-    yield "per token", lambda m: plan_fp8_per_token_linear(x(m), codes, columns, None, **on)[1]
-    yield "blocks", lambda m: plan_fp8_block_linear(x(m), codes, blocks, None, **on)[1]
-    yield "16 bits", lambda m: plan_fp8_weight_only(x(m), codes, blocks, None, **on)[1]
-    yield (
-        "nvfp4",
-        lambda m: plan_nvfp4_linear(
-            x(m), packed, e4m3.contiguous(), scale, scale, None, **on
-        )[1],
-    )  # fmt: skip
-    yield "mxfp8", lambda m: plan_mxfp8_linear(x(m), codes, e8m0, None, **on)[1]
-    yield (
-        "product",
-        lambda m: plan_fp8_gemm(
-            x(m).to(codes.dtype), codes, scale, columns, None, torch.float16, **on
-        )[1],
-    )  # fmt: skip
+    x = torch.zeros(m, K, dtype=torch.bfloat16)
+    quantized = (x.to(codes.dtype), codes, torch.ones(()), columns, None, torch.float16)
+    norm = (x, x.clone(), torch.ones(K), 1e-5, "scale_then_cast")
+    yield "static", plan_fp8_linear, (x, codes, scale, scale.clone(), bias, torch.ones(()))
+    yield "per token", plan_fp8_per_token_linear, (x, codes, columns, None)
+    yield "blocks", plan_fp8_block_linear, (x, codes, blocks, None)
+    yield "16 bits", plan_fp8_weight_only, (x, codes, blocks, None)
+    yield "nvfp4", plan_nvfp4_linear, (x, packed, e4m3, scale, torch.ones(()), None)
+    yield "mxfp8", plan_mxfp8_linear, (x, codes, e8m0, None)
+    yield "product", plan_fp8_gemm, quantized
+    yield "norm", partial(plan_norm_quantize, "fp8_per_token"), norm
 
 
 class Launched:
@@ -96,16 +92,61 @@ def compared(launched: Launched) -> dict[str, Any]:
         f"{name}, M={m}, {number}: {launch.kernel.__name__}": [
             launched.long(launch), launched(launch), launched(launch),
         ]
-        for name, plan in plans()
         for m in (1, 16)
-        for number, launch in enumerate(plan(m))
+        for name, plan, args in calls(m)
+        for number, launch in enumerate(plan(*args, target=SM_90)[1])
     }  # fmt: skip
+
+
+def replayed(stub: Stub) -> dict[str, Any]:
+    """All launches of calls that are planned, and then replayed twice."""
+    found = {}
+    for m in (1, 16):
+        for name, plan, args in calls(m):
+            operator = Replayed(lambda *args, plan=plan: run(plan(*args, target=SM_90)))
+            found[f"{name}, M={m}"] = [launches_of(operator, args, stub) for _ in range(3)]
+    return found
+
+
+def launches_of(operator: Replayed, args: tuple[Any, ...], stub: Stub) -> dict[str, Any]:
+    """How often a call is planned, and what libcuda is given.
+
+    Addresses are told as the places of the operator's arguments, or of results, that start there;
+    what starts elsewhere, as what the call itself needs, as None.
+    """
+    seen = []
+
+    def launch(compiled: Any, *rest: Any) -> None:
+        stub.expect(compiled)
+        _LAUNCH_COMPILED(compiled, *rest)
+        seen.append(stub.seen())
+
+    with (
+        mock.patch.object(direct, "launch_compiled", launch),
+        mock.patch.object(replay, "device_of", return_value=0),
+        mock.patch.object(operator, "_call", wraps=operator._call) as planned,
+    ):
+        result = operator(*args)
+    results = result if isinstance(result, tuple) else (result,)
+    named = {t.data_ptr(): f"argument {i}" for i, t in enumerate(args) if isinstance(t, Tensor)}
+    named |= {t.data_ptr(): f"result {i}" for i, t in enumerate(results)}
+    told = [
+        [launch.function, launch.shape, [_told(value, named) for value in launch.values]]
+        for launch in seen
+    ]
+    return {"planned": planned.call_count, "launches": told}
+
+
+def _told(value: int, named: dict[int, str]) -> int | str | None:
+    return named.get(value, value if value < 1 << 32 else None)
+
+
+_LAUNCH_COMPILED = direct.launch_compiled
 
 
 def other_ways(launched: Launched) -> dict[str, Any]:
     """How many launches went the long way where one was remembered, by what is different."""
-    make = dict(plans())["16 bits"]
-    (launch,) = make(16)
+    (launch,) = _with_16_bits(16)
     launched.long(launch)
     launched(launch)
     shifted = torch.zeros(16 * K + 1, dtype=torch.bfloat16)[1:].view(16, K)
@@ -118,9 +159,14 @@ def other_ways(launched: Launched) -> dict[str, Any]:
         found["hooked"] = launched(launch)["long"]
     found["no longer watched"] = launched(launch)["long"]
     with mock.patch.object(direct, "MOST", 1):
-        launched(make(15)[0])
+        launched(*_with_16_bits(15))
     found["remembered of too many"] = len(direct._FOUND)
     return found
+
+
+def _with_16_bits(m: int) -> tuple[Launch, ...]:
+    plan, args = next((plan, args) for name, plan, args in calls(m) if name == "16 bits")
+    return plan(*args, target=SM_90)[1]
 
 
 def print_nothing(metadata: Any) -> None:
@@ -128,8 +174,10 @@ def print_nothing(metadata: Any) -> None:
 
 
 def main(folder: Path) -> None:
-    launched = Launched(Stub(folder))
-    found = {"compared": compared(launched), "other_ways": other_ways(launched)}
+    stub = Stub(folder)
+    launched = Launched(stub)
+    found = {"compared": compared(launched), "replayed": replayed(stub)}
+    found["other_ways"] = other_ways(launched)
     sys.stdout.write(json.dumps(found))
 
 

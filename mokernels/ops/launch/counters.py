@@ -25,12 +25,17 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
+from mokernels.ops.config_tables import ceil_div
+
 RESERVED = 1 << 17
 """Counters of a new reserve, of 4 bytes: for the launches of several captured decoding steps."""
 LOW = RESERVED // 2
 """With fewer counters left a new reserve is made."""
 OF_STREAM = 1 << 10
 """Fewest counters that a stream takes: few launches have more tiles whose K is shared."""
+TOGETHER = 4
+"""Counters are taken by 16 bytes: Triton compiles another kernel for an address between two
+multiples of that, which in a capture would be the first time that it is compiled."""
 
 
 class Counters:
@@ -64,7 +69,8 @@ class Counters:
         return owned
 
     def _take(self, count: int) -> Tensor:
-        taken, self._reserve = self._reserve[:count], self._reserve[count:]
+        taken = self._reserve[:count]
+        self._reserve = self._reserve[TOGETHER * ceil_div(count, TOGETHER) :]
         return taken
 
 

@@ -15,7 +15,7 @@ those of a kernel's first launch, and are not looked at again.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -27,9 +27,9 @@ MOST = 4096
 """Launches that are remembered. The number of rows is part of what tells them apart, and prompts
 have any; beyond this many all are forgotten, which costs each one long launch."""
 
-_Found = tuple[Any, tuple[Any, ...]]
+Found = tuple[Any, tuple[Any, ...]]
 """A compiled kernel, which lives as long as it is remembered, and its compile-time arguments."""
-_FOUND: dict[tuple[Any, ...], _Found] = {}
+_FOUND: dict[tuple[Any, ...], Found] = {}
 
 
 def launch(
@@ -49,7 +49,7 @@ def launch(
         options: how to compile and launch, by Triton's names.
     """
     key = _key(kernel, args, constants, options)
-    if key is None or _watched(kernel):
+    if key is None or are_watched((kernel,)):
         kernel[grid](*args, **constants, **options)
         return
     found = _FOUND.get(key)
@@ -58,9 +58,41 @@ def launch(
         _remember(key, kernel, compiled, len(args), constants)
         return
     compiled, last = found
-    stream = driver.active.get_current_stream(key[1])
+    launch_compiled(compiled, grid, current_stream(key[1]), (*args, *last))
+
+
+def launch_compiled(
+    compiled: Any, grid: tuple[int, int, int], stream: int, args: tuple[Any, ...]
+) -> None:
+    """Launch what Triton compiled; ``args`` are all, those of compile time last."""
+    # After the metadata: what hooks are told, and the hooks.
     how = (stream, compiled.function, compiled.packed_metadata, None, None, None)
-    compiled.run(*grid, *how, *args, *last)
+    compiled.run(*grid, *how, *args)
+
+
+def find(
+    kernel: Any, args: tuple[Any, ...], constants: Mapping[str, Any], options: Mapping[str, Any]
+) -> Found | None:
+    """The compiled kernel of a launch that is remembered, on the current device."""
+    key = _key(kernel, args, constants, options)
+    return None if key is None else _FOUND.get(key)
+
+
+def are_watched(kernels: Iterable[Any]) -> bool:
+    """Whether somebody wants to see launches, of all kernels or of one of these."""
+    return _all_are_watched() or any(kernel.pre_run_hooks for kernel in kernels)
+
+
+def current_device() -> int:
+    """The number of the device that launches go to."""
+    device: int = driver.active.get_current_device()
+    return device
+
+
+def current_stream(device: int) -> int:
+    """The handle of a device's current stream."""
+    stream: int = driver.active.get_current_stream(device)
+    return stream
 
 
 def _key(
@@ -69,7 +101,7 @@ def _key(
     """What tells compiled kernels apart; None if it cannot be told here."""
     if not isinstance(kernel, JITFunction):
         return None
-    told: list[Any] = [kernel.fn, driver.active.get_current_device()]
+    told: list[Any] = [kernel.fn, current_device()]
     if _describe(args, told) & 15:
         return None
     return (*told, *constants, *constants.values(), *options.values())
@@ -81,6 +113,8 @@ def _describe(args: tuple[Any, ...], told: list[Any]) -> int:
     for argument in args:
         if argument is None or type(argument) is int:
             told.append(argument)
+        elif type(argument) is float:
+            told.append(float)  # which is all that Triton looks at; an int may equal it
         elif isinstance(argument, Tensor):
             addresses |= argument.data_ptr()
             told.append(argument.dtype)
@@ -92,14 +126,13 @@ def _describe(args: tuple[Any, ...], told: list[Any]) -> int:
     return addresses
 
 
-def _watched(kernel: Any) -> bool:
-    """Whether somebody wants to see launches, or what is compiled."""
+def _all_are_watched() -> bool:
+    """Whether somebody wants to see every launch, or what is compiled."""
     runtime = knobs.runtime
     return bool(
         _calls(runtime.launch_enter_hook)
         or _calls(runtime.launch_exit_hook)
         or runtime.add_stages_inspection_hook is not None
-        or kernel.pre_run_hooks
     )
 
 

@@ -14,8 +14,8 @@ from torch import Tensor
 from mokernels.formats import FP8_BLOCK, MXFP8_BLOCK, NVFP4_BLOCK
 from mokernels.ops.kernels.fused import gated_quantize as gated_quantize_kernel
 from mokernels.ops.kernels.fused import norm_quantize as norm_quantize_kernel
-from mokernels.ops.launch.plan import Launch
-from mokernels.ops.launch.quantize import Launches, rows_of, run
+from mokernels.ops.launch.plan import Launch, run
+from mokernels.ops.launch.quantize import Launches, rows_of
 from mokernels.ops.quantize import QUANTIZERS
 from mokernels.ops.quantize_configs import block_tile, norm_tile, row_tile
 from mokernels.ops.target import Target, target_of
@@ -59,7 +59,7 @@ def rms_norm_quantize(
 ) -> Any:
     """See ``mokernels::rms_norm_quantize_<quantizer>``."""
     target = target or target_of(x.device)
-    return run(x, plan_norm_quantize(quantizer, x, None, weight, eps, style, *extra, target=target))
+    return run(plan_norm_quantize(quantizer, x, None, weight, eps, style, *extra, target=target))
 
 
 def add_rms_norm_quantize(
@@ -75,7 +75,7 @@ def add_rms_norm_quantize(
     """See ``mokernels::add_rms_norm_quantize_<quantizer>``."""
     target = target or target_of(x.device)
     tensors = (x, residual, weight)
-    return run(x, plan_norm_quantize(quantizer, *tensors, eps, style, *extra, target=target))
+    return run(plan_norm_quantize(quantizer, *tensors, eps, style, *extra, target=target))
 
 
 def gated_quantize(
@@ -88,7 +88,7 @@ def gated_quantize(
 ) -> Any:
     """See ``mokernels::gated_quantize_<quantizer>``."""
     target = target or target_of(gate.device)
-    return run(gate, plan_gated_quantize(quantizer, gate, up, activation, *extra, target=target))
+    return run(plan_gated_quantize(quantizer, gate, up, activation, *extra, target=target))
 
 
 def plan_norm_quantize(

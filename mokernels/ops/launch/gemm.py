@@ -25,7 +25,7 @@ from mokernels.ops.kernels.gemm_native import gemm_native
 from mokernels.ops.launch.decode import TRITON_DTYPES, plan_mxfp8_decode, plan_nvfp4_decode
 from mokernels.ops.launch.gemv import plan_e4m3_gemv, takes_e4m3_gemv
 from mokernels.ops.launch.persistent import plan_persistent, tma_reads
-from mokernels.ops.launch.plan import Launch
+from mokernels.ops.launch.plan import Launch, run
 from mokernels.ops.launch.product import (
     Ending,
     Operands,
@@ -35,7 +35,6 @@ from mokernels.ops.launch.product import (
     plan_product,
     row_stride,
     rows_of,
-    run,
 )
 from mokernels.ops.launch.quantize import plan_dequantize_mxfp8, plan_dequantize_nvfp4
 from mokernels.ops.target import Target, target_of

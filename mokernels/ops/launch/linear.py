@@ -22,7 +22,8 @@ from mokernels.ops.launch.decode import (
     plan_nvfp4_row,
 )
 from mokernels.ops.launch.gemm import plan_fp8_gemm, plan_mxfp8_gemm, plan_nvfp4_gemm
-from mokernels.ops.launch.product import Planned, run
+from mokernels.ops.launch.plan import run
+from mokernels.ops.launch.product import Planned
 from mokernels.ops.launch.quantize import (
     plan_fake_quantize_mxfp8,
     plan_fake_quantize_nvfp4,

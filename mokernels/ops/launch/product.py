@@ -18,7 +18,8 @@ from mokernels.ops.configs import REDUCE_COLUMNS, GemmConfig
 from mokernels.ops.kernels.reduce import reduce_splits
 from mokernels.ops.launch.counters import counters_for
 from mokernels.ops.launch.plan import Launch
-from mokernels.ops.target import Target, has_dependent_launch
+from mokernels.ops.launch.replay import remade
+from mokernels.ops.target import Target
 
 Planned = tuple[Tensor, tuple[Launch, ...]]
 """A result that is not filled yet, and the launches that fill it, in order."""
@@ -103,18 +104,6 @@ def plan_product(
     return (product,)
 
 
-def run(planned: Planned) -> Tensor:
-    """Run the launches in order, on the device of the result, and return the result."""
-    result, launches = planned
-    dependent, index = has_dependent_launch(result.device), result.device.index
-    if index is None or index == torch.accelerator.current_device_index():
-        _run_all(launches, dependent)
-    else:
-        with torch.accelerator.device_index(index):
-            _run_all(launches, dependent)
-    return result
-
-
 def rows_of(x: Tensor) -> Tensor:
     """A tensor [..., K] as [M, K]: a view if K is dense and the strides allow it, else a copy."""
     if x.stride(-1) != 1:
@@ -158,7 +147,7 @@ def _ending(
         return (None, None, None, partials), (0, 0)
     *given, out = ending.pointers
     if config.split == "last":
-        out = (out, partials, counters_for(out.device, tiles))
+        out = (out, partials, remade(counters_for, out.device, tiles))
     return (*given, out), ending.strides
 
 
@@ -168,16 +157,6 @@ def _plan_reduction(partials: Tensor, ending: Ending) -> Launch:
     arguments = (partials, *ending.pointers, m, n, *ending.strides, parts)
     grid = (m, ceil_div(n, REDUCE_COLUMNS), 1)
     return Launch(reduce_splits, grid, arguments, constants, num_warps=4, num_stages=1)
-
-
-def _run_all(launches: tuple[Launch, ...], dependent: bool) -> None:
-    """Launch one after the other; with ``dependent`` each begins while the one before it ends.
-
-    The first begins when all before the operator has ended. On an H200 that was faster for single
-    launches, and the other way for a product after its quantizer (bench/results).
-    """
-    for number, launch in enumerate(launches):
-        launch.run(dependent and number > 0)
 
 
 def _vector(scale: Tensor | None) -> Tensor | None:

@@ -7,7 +7,7 @@ a maximum does not depend on its order, and nothing is added.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,11 +20,10 @@ from mokernels.ops.kernels.quantize import (
     quantize_rows,
     quantize_static,
 )
-from mokernels.ops.launch.plan import Launch
+from mokernels.ops.launch.plan import Launch, run
 from mokernels.ops.quantize_configs import block_tile, row_tile
 from mokernels.ops.target import Target, target_of
 
-Outputs = TypeVar("Outputs")
 Launches = tuple[Launch, ...]
 Planned = tuple[Tensor, Launches]
 PlannedPair = tuple[tuple[Tensor, Tensor], Launches]
@@ -34,29 +33,29 @@ def quantize_fp8(
     x: Tensor, scale: Tensor, multiplier: Tensor | None = None, *, target: Target | None = None
 ) -> Tensor:
     """E4M3 codes [..., K] with one calibrated scale fp32 [], or its multiplier m."""
-    return run(x, plan_quantize_fp8(x, scale, multiplier, target=target or target_of(x.device)))
+    return run(plan_quantize_fp8(x, scale, multiplier, target=target or target_of(x.device)))
 
 
 def quantize_fp8_per_token(x: Tensor, *, target: Target | None = None) -> tuple[Tensor, Tensor]:
     """E4M3 codes [..., K] and scales fp32 [...]."""
-    return run(x, plan_quantize_fp8_per_token(x, target=target or target_of(x.device)))
+    return run(plan_quantize_fp8_per_token(x, target=target or target_of(x.device)))
 
 
 def quantize_fp8_per_block(x: Tensor, *, target: Target | None = None) -> tuple[Tensor, Tensor]:
     """E4M3 codes [..., K] and scales fp32 [..., ceil(K / 128)]."""
-    return run(x, plan_quantize_fp8_per_block(x, target=target or target_of(x.device)))
+    return run(plan_quantize_fp8_per_block(x, target=target or target_of(x.device)))
 
 
 def quantize_nvfp4(
     x: Tensor, global_scale: Tensor, *, target: Target | None = None
 ) -> tuple[Tensor, Tensor]:
     """Packed E2M1 codes [..., K / 2] and E4M3 block scales [..., K / 16]."""
-    return run(x, plan_quantize_nvfp4(x, global_scale, target=target or target_of(x.device)))
+    return run(plan_quantize_nvfp4(x, global_scale, target=target or target_of(x.device)))
 
 
 def quantize_mxfp8(x: Tensor, *, target: Target | None = None) -> tuple[Tensor, Tensor]:
     """E4M3 codes [..., K] and exponents uint8 [..., K / 32]."""
-    return run(x, plan_quantize_mxfp8(x, target=target or target_of(x.device)))
+    return run(plan_quantize_mxfp8(x, target=target or target_of(x.device)))
 
 
 def quantize_nvfp4_to_bf16(
@@ -64,13 +63,13 @@ def quantize_nvfp4_to_bf16(
 ) -> Tensor:
     """Code * block scale, bf16 [..., K], *without* the global scale; exact."""
     target = target or target_of(x.device)
-    return run(x, plan_fake_quantize_nvfp4(x, global_scale, torch.bfloat16, target=target))
+    return run(plan_fake_quantize_nvfp4(x, global_scale, torch.bfloat16, target=target))
 
 
 def quantize_mxfp8_to_bf16(x: Tensor, *, target: Target | None = None) -> Tensor:
     """Code * 2 ** e, bf16 [..., K], rounded once; exact within bf16's normal range."""
     target = target or target_of(x.device)
-    return run(x, plan_fake_quantize_mxfp8(x, torch.bfloat16, target=target))
+    return run(plan_fake_quantize_mxfp8(x, torch.bfloat16, target=target))
 
 
 def dequantize_fp8(
@@ -78,7 +77,7 @@ def dequantize_fp8(
 ) -> Tensor:
     """Codes [..., K] times a scale [], [...], [..., ceil(K / 128)] or of 128x128 blocks."""
     target = target or target_of(codes.device)
-    return run(codes, plan_dequantize_fp8(codes, scale, out_dtype, target=target))
+    return run(plan_dequantize_fp8(codes, scale, out_dtype, target=target))
 
 
 dequantize_fp8_per_token = dequantize_fp8
@@ -95,7 +94,7 @@ def dequantize_nvfp4(
 ) -> Tensor:
     """Packed codes [..., K / 2] times (block scale * global scale): [..., K]."""
     target = target or target_of(codes.device)
-    return run(codes, plan_dequantize_nvfp4(codes, scale, global_scale, out_dtype, target=target))
+    return run(plan_dequantize_nvfp4(codes, scale, global_scale, out_dtype, target=target))
 
 
 def dequantize_mxfp8(
@@ -103,7 +102,7 @@ def dequantize_mxfp8(
 ) -> Tensor:
     """Codes [..., K] times 2 ** (u - 127)."""
     target = target or target_of(codes.device)
-    return run(codes, plan_dequantize_mxfp8(codes, scale, out_dtype, target=target))
+    return run(plan_dequantize_mxfp8(codes, scale, out_dtype, target=target))
 
 
 def plan_quantize_fp8(
@@ -373,17 +372,3 @@ def _tiled(
 
 def _bytes(x: Tensor, shape: tuple[int, ...]) -> Tensor:
     return x.new_empty(shape, dtype=torch.uint8)
-
-
-def run(x: Tensor, planned: tuple[Outputs, Launches]) -> Outputs:
-    """Run what is planned where x lives."""
-    outputs, launches = planned
-    device = x.device
-    if device.type == "cpu" or device.index == torch.get_device_module(device).current_device():
-        for launch in launches:
-            launch.run()
-        return outputs
-    with torch.get_device_module(device).device(device):
-        for launch in launches:
-            launch.run()
-    return outputs
