@@ -71,5 +71,9 @@ def test_replayed_calls_launch_what_planned_ones_do(found):
             assert replay == {**planned, "planned": 0}, name
 
 
+def test_registered_operators_are_replayed_without_being_checked(found):
+    assert found["operators"] == {"fp8_linear": [1, 2], "rms_norm_quantize": [1, 2]}
+
+
 def test_launches_are_not_remembered_without_end(found):
     assert found["other_ways"]["remembered of too many"] == 1

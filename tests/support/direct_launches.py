@@ -19,7 +19,8 @@ from torch import Tensor
 from triton import knobs
 from triton.runtime.jit import JITFunction
 
-from mokernels.ops.launch import direct, replay
+from mokernels.ops import registry
+from mokernels.ops.launch import direct, fused, linear, replay
 from mokernels.ops.launch.fused import plan_norm_quantize
 from mokernels.ops.launch.gemm import plan_fp8_gemm, plan_fp8_weight_only
 from mokernels.ops.launch.linear import (
@@ -108,6 +109,29 @@ def replayed(stub: Stub) -> dict[str, Any]:
     return found
 
 
+def operators(stub: Stub) -> dict[str, Any]:
+    """How often registered operators check their arguments, and launch, in two calls."""
+    x, weight = torch.zeros(2, K, dtype=torch.bfloat16), torch.ones(K)
+    codes, one = torch.zeros(N, K, dtype=torch.float8_e4m3fn), torch.ones(())
+    found = {}
+    for module, name, args in (
+        (linear, ("fp8_linear",), (x, codes, one, one.clone(), None, torch.ones(()))),
+        (fused, ("rms_norm_quantize", "mxfp8"), (x, weight, 1e-6, "cast_then_scale")),
+    ):
+        check = mock.Mock()
+        operator = registry._launcher(check, *name)
+        stub.forget()
+        before = stub.count
+        with (
+            mock.patch.object(module, "target_of", return_value=SM_90),
+            mock.patch.object(replay, "device_of", return_value=0),
+        ):
+            operator(*args)
+            operator(*args)
+        found[name[0]] = [check.call_count, stub.count - before]
+    return found
+
+
 def launches_of(operator: Replayed, args: tuple[Any, ...], stub: Stub) -> dict[str, Any]:
     """How often a call is planned, and what libcuda is given.
 
@@ -177,6 +201,7 @@ def main(folder: Path) -> None:
     stub = Stub(folder)
     launched = Launched(stub)
     found = {"compared": compared(launched), "replayed": replayed(stub)}
+    found["operators"] = operators(stub)
     found["other_ways"] = other_ways(launched)
     sys.stdout.write(json.dumps(found))
 
