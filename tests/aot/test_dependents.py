@@ -39,7 +39,13 @@ def test_every_kernel_is_looked_at():
     assert {case.name for case in CASES} >= {
         *("gemm_epilogue", "gemm_block", "gemm_decode", "gemm_persistent", "gemm_quantizing"),
         *("gemv_nvfp4", "gemv_e4m3", "reduce_splits", "quantize_static", "quantize_rows"),
-        *("quantize_blocks", "norm_quantize", "gated_quantize", "dequantize_blocks"),
+        *(
+            "quantize_blocks",
+            "static_scales",
+            "norm_quantize",
+            "gated_quantize",
+            "dequantize_blocks",
+        ),
     }
 
 

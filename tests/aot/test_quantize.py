@@ -98,7 +98,14 @@ def where(compiled: Compiled) -> str:
     return f"{compiled.name} on {compiled.target.name}"
 
 
-CASES = cases(CUDA_TARGETS)
+def scale_cases(targets: tuple[Target, ...]) -> list[Case]:
+    """A calibrated scale's multiplier and divisor; there is nothing wide about them."""
+    name = "static_scales"
+    make = lambda: launch.plan_static_scales(scalar())[1][0]  # noqa: E731
+    return [Case(name, target, name, make, False) for target in targets]
+
+
+CASES = cases(CUDA_TARGETS) + scale_cases(CUDA_TARGETS)
 
 
 @pytest.mark.aot_cases(CASES)

@@ -64,8 +64,13 @@ def fused(
         arguments = (x, weight, scale, bias)
         planned, linear = plan_fp8_block_linear(*arguments, target=target), launch.fp8_block_linear
     elif how == "static":
+        multiplier, divisor = numerics.static_fp8_scales(input_scale(x))
+        pair = (x, weight, scale, divisor, bias, multiplier)
+        planned, linear = plan_fp8_linear(*pair, target=target), launch.fp8_linear
+        # The scale as it is stored: the pair comes from a launch before.
         arguments = (x, weight, scale, input_scale(x), bias, None)
-        planned, linear = plan_fp8_linear(*arguments, target=target), launch.fp8_linear
+        computed = plan_fp8_linear(*arguments, target=target)
+        assert names(computed) == ["static_scales", *names(planned)]
     else:
         arguments = (x, weight, scale, bias)
         planned, linear = (

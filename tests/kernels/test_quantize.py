@@ -7,10 +7,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 from mokernels import numerics
 from mokernels.formats import NVFP4_BLOCK
 from mokernels.ops.launch import quantize as launch
+from mokernels.ops.launch.plan import run
+from mokernels.ops.launch.quantize import plan_static_scales
 from mokernels.ops.quantize_configs import LONGEST_ROW
 from mokernels.ops.target import SM_80, SM_90, Target
 from tests.kernels.activations import (
@@ -47,6 +51,20 @@ def test_quantize_fp8(device, target, dtype):
 @pytest.mark.parametrize("scale", [1.0, 2.0**-33, 0.0, -2.0, 1e30, 1e-30, math.inf, math.nan])
 def test_quantize_fp8_with_any_scale(device, scale):
     check_quantize_fp8(hard_rows().to(device), scalar(scale, device), targets()[0])
+
+
+@settings(max_examples=50, deadline=None)
+@given(bits=st.integers(-(2**31), 2**31 - 1))
+@example(bits=0)
+@example(bits=0x7F800000)
+@example(bits=0x7FC00000)
+@example(bits=1)
+def test_the_pair_of_a_static_scale(device, bits):
+    scale = torch.tensor(bits, dtype=torch.int32).view(torch.float32).to(device)
+    pair = run(plan_static_scales(scale))
+    for found, expected in zip(pair, numerics.static_fp8_scales(scale), strict=True):
+        same = torch.equal(found.view(torch.int32), expected.view(torch.int32))
+        assert same or (found.isnan() and expected.isnan())
 
 
 @every_target

@@ -110,9 +110,8 @@ def planned(name: str, target: Target) -> Callable[..., Any]:
 
 
 def computes(name: str, target: Target) -> bool:
-    """Whether torch has something to do in each call: a calibrated scale's multiplier, or a 1."""
-    alone = name.startswith("nvfp4_gemm") and not target.has_block_scaled_dot
-    return alone or name == "fp8_linear"
+    """Whether torch has something to do in each call: to make a 1."""
+    return name.startswith("nvfp4_gemm") and not target.has_block_scaled_dot
 
 
 def targets(device: torch.device) -> tuple[Target, ...]:

@@ -194,6 +194,15 @@ def store_blocks(
         tl.store(scales + long_row * blocks + block, scale, mask=in_rows & (block < blocks))
 
 
+@triton.jit
+def static_scales(scale, multiplier, divisor):
+    """The pair (m, 1 / m) of one stored scale amax / 448, all fp32 with one item; one program."""
+    wait_for_inputs()
+    m = static_multiplier(scale, False)
+    tl.store(multiplier, m)
+    tl.store(divisor, tl.div_rn(1.0, m))
+
+
 @triton.jit(do_not_specialize=["rows", "inner"])
 def quantize_static(
     x,

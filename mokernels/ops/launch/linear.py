@@ -13,7 +13,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-import mokernels.numerics as numerics
 from mokernels.invariance import is_batch_invariant
 from mokernels.ops.launch.decode import (
     plan_mxfp8_decode,
@@ -22,7 +21,7 @@ from mokernels.ops.launch.decode import (
     plan_nvfp4_row,
 )
 from mokernels.ops.launch.gemm import plan_fp8_gemm, plan_mxfp8_gemm, plan_nvfp4_gemm
-from mokernels.ops.launch.plan import run
+from mokernels.ops.launch.plan import Launch, run
 from mokernels.ops.launch.product import Planned
 from mokernels.ops.launch.quantize import (
     plan_fake_quantize_mxfp8,
@@ -32,6 +31,7 @@ from mokernels.ops.launch.quantize import (
     plan_quantize_fp8_per_token,
     plan_quantize_mxfp8,
     plan_quantize_nvfp4,
+    plan_static_scales,
 )
 from mokernels.ops.launch.quantizing import (
     Static,
@@ -148,20 +148,21 @@ def plan_fp8_linear(
     invariant: bool = False,
 ) -> Planned:
     """One calibrated scale: ``input_scale`` as stored, or 1 / m together with the multiplier m."""
+    before: tuple[Launch, ...] = ()
     if input_multiplier is None:
-        input_multiplier, input_scale = numerics.static_fp8_scales(input_scale)
+        (input_multiplier, input_scale), before = plan_static_scales(input_scale)
     static = Static(input_scale, input_multiplier)
     planned = plan_quantizing_gemm(
         x, weight, static, weight_scale, bias, plan_n, target=target, invariant=invariant
     )
     if planned is not None:
-        return planned
+        return planned[0], (*before, *planned[1])
     codes, quantize = plan_quantize_fp8(x, input_scale, input_multiplier, target=target)
     scales = (input_scale, weight_scale)
     out, multiply = plan_fp8_gemm(
         codes, weight, *scales, bias, x.dtype, plan_n=plan_n, target=target, invariant=invariant
     )
-    return out, (*quantize, *multiply)
+    return out, (*before, *quantize, *multiply)
 
 
 def plan_fp8_per_token_linear(

@@ -19,6 +19,7 @@ from mokernels.ops.kernels.quantize import (
     quantize_blocks,
     quantize_rows,
     quantize_static,
+    static_scales,
 )
 from mokernels.ops.launch.plan import Launch, run
 from mokernels.ops.quantize_configs import block_tile, row_tile
@@ -103,6 +104,13 @@ def dequantize_mxfp8(
     """Codes [..., K] times 2 ** (u - 127)."""
     target = target or target_of(codes.device)
     return run(plan_dequantize_mxfp8(codes, scale, out_dtype, target=target))
+
+
+def plan_static_scales(scale: Tensor) -> PlannedPair:
+    """The pair (m, 1 / m), fp32 [], of a stored scale fp32 with one item; one launch."""
+    multiplier, divisor = scale.new_empty(()), scale.new_empty(())
+    launch = Launch(static_scales, (1, 1, 1), (scale, multiplier, divisor), num_warps=1)
+    return (multiplier, divisor), (launch,)
 
 
 def plan_quantize_fp8(
