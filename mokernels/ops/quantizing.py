@@ -57,9 +57,10 @@ def quantizes_in_gemm(
         k: elements that are summed.
         x_bytes: bytes of an element of the activations.
         config: of the GEMM.
-        target: without an FP8 matrix instruction codes would be encoded only to be decoded.
+        target: without the type and its matrix instruction codes would be encoded only to be
+            decoded, or brought to another form.
     """
-    if not target.has_fp8_dot or not _fits(x_bytes, config, target):
+    if not target.has_fp8_type or not _fits(x_bytes, config, target):
         return False
     if activations == "block":
         return m <= BLOCK_ROWS_IN_GEMM and config.block_k == FP8_BLOCK

@@ -46,8 +46,16 @@ class Target:
 
     @cached_property
     def has_fp8_dot(self) -> bool:
-        """The matrix units multiply e4m3fn by e4m3fn."""
-        return self.has_fp8_type
+        """The matrix units multiply E4M3 by E4M3, in one of its two forms."""
+        return self.has_fp8_type or self.has_fnuz_dot
+
+    @cached_property
+    def has_fnuz_dot(self) -> bool:
+        """The matrix units multiply e4m3fnuz (CDNA 3), in which e4m3fn's bits have half its values.
+
+        Two codes have another meaning: that of -0 is NaN, and those of NaN are +-240.
+        """
+        return self.arch == "gfx942"
 
     @cached_property
     def casts_fp8_once(self) -> bool:

@@ -8,6 +8,7 @@ test_gemm_persistent.py.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from unittest.mock import patch
@@ -363,6 +364,20 @@ def test_fp16(case: Case, compiled: Compiled):
 def test_compiles_for_amd(target, plan):
     compiled = compile_launch(only(plan(64, 4096, target), "gemm_"), target)
     assert "v_mfma" in compiled.amdgcn
+    assert not compiled.spills
+
+
+@pytest.mark.parametrize("m", [1, 64, 2048])
+@pytest.mark.parametrize("plan", [fp8, fp8_block])
+@pytest.mark.parametrize("target", HIP_TARGETS, ids=lambda target: target.name)
+def test_amd_multiplies_codes(target, plan, m):
+    compiled = compile_launch(only(plan(m, 4096, target), "gemm_"), target)
+    found = re.findall(r"\bv_mfma_f32_\d+x\d+x\d+_(\w+)", compiled.amdgcn)
+    assert set(found) <= {"fp8_fp8", "f8f6f4"}
+    assert found
+    # Codes of CDNA 3's form are made of a checkpoint's four at a time, not byte by byte, which
+    # takes 22 instructions for each, most of them 16 bits wide.
+    assert not re.search(r"\bv_\w+_[ub]16", compiled.amdgcn)
     assert not compiled.spills
 
 

@@ -142,6 +142,22 @@ def test_decode_e4m3_may_drop_nan(device, dtype):
     assert_same_bits(y, expected.to(dtype))
 
 
+@triton.jit
+def fnuz_kernel(codes, y):
+    offsets = tl.arange(0, 8)[:, None] * 32 + tl.arange(0, 32)[None, :]
+    tl.store(y + offsets, e.fnuz_of_e4m3(tl.load(codes + offsets)))
+
+
+def test_e4m3fnuz_has_half_of_every_value(device):
+    codes = torch.arange(256, dtype=torch.int32).to(torch.uint8).to(device)
+    y = torch.empty_like(codes)
+    fnuz_kernel[(1,)](codes, y)
+    halves = y.view(torch.float8_e4m3fnuz).float()
+    expected = numerics.decode_e4m3(codes) / 2
+    assert torch.equal(halves.isnan(), expected.isnan())
+    assert torch.equal(halves.nan_to_num(), expected.nan_to_num())
+
+
 @every_dtype
 def test_decode_e2m1(device, dtype):
     codes, y = decoded(device, "e2m1", dtype)

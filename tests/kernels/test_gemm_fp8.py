@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from mokernels import numerics
 from mokernels.ops import launch
 from mokernels.ops.configs import Kind, choose
+from mokernels.ops.target import HIP_TARGETS
 from tests.kernels.products import (
     BF16,
     FP8,
@@ -31,12 +32,15 @@ from tests.kernels.products import (
     targets,
 )
 from tests.support.compare import assert_same_bits
+from tests.support.interpreter import interpreting
 
 NAMES = {BF16: "bfloat16", FP16: "float16", FP32: "float32"}
 inner = st.sampled_from([1, 16, 40, 128, 130, 256, 300])
 a_scales = st.sampled_from(["scalar", "vector of one", "per token", "1x128"])
 b_scales = st.sampled_from(["scalar", "vector of one", "per channel", "128x128"])
-every_target = pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.name)
+ALL_TARGETS = (*TARGETS, *HIP_TARGETS) if interpreting() else TARGETS
+all_targets = st.sampled_from(ALL_TARGETS)
+every_target = pytest.mark.parametrize("target", ALL_TARGETS, ids=lambda target: target.name)
 
 
 def a_scale(draw: Draw, kind: str, lead: tuple[int, ...], k: int) -> torch.Tensor:
@@ -57,7 +61,7 @@ def b_scale(draw: Draw, kind: str, n: int, k: int) -> torch.Tensor:
 @settings(max_examples=50)
 @given(
     seeds,
-    targets,
+    all_targets,
     leads,
     columns,
     inner,
@@ -81,7 +85,7 @@ def test_fp8_gemm(
 
 
 @settings(max_examples=25)
-@given(seeds, targets, leads, columns, inner, b_scales, floats, biases, layouts)
+@given(seeds, all_targets, leads, columns, inner, b_scales, floats, biases, layouts)
 def test_fp8_weight_only_gemm(
     device, seed, target, lead, n, k, b_kind, dtype, bias_dtype, layout
 ):  # fmt: skip
@@ -91,6 +95,25 @@ def test_fp8_weight_only_gemm(
     bias = draw.bias(n, bias_dtype)
     y = launch.fp8_weight_only_gemm(x, b, scale_b, bias, target=target)
     assert_product(y, x.float(), numerics.dequantize_fp8(b, scale_b), bias, dtype)
+
+
+@every_target
+@pytest.mark.parametrize("blocks", [False, True], ids=["epilogue", "blocks"])
+def test_every_code_by_every_code(device, target, blocks):
+    """The products of one activation and one weight, of 256 codes each: exact, but for a 0's sign.
+
+    CDNA 3 multiplies codes of another form, two of which have another meaning.
+    """
+    codes = torch.arange(256, dtype=torch.int32).to(torch.uint8).view(FP8).to(device)
+    a = codes.new_zeros(256, 128)
+    b = codes.new_zeros(256, 128)
+    a[:, 3], b[:, 3] = codes, codes
+    one = torch.ones((), device=device)
+    scales = (torch.ones(256, 1, device=device), torch.ones(2, 1, device=device))
+    y = launch.fp8_gemm(a, b, *(scales if blocks else (one, one)), None, "float32", target=target)
+    exact = codes.float()[:, None] * codes.float()[None, :]
+    assert torch.equal(y.isnan(), exact.isnan())
+    assert torch.equal(y.nan_to_num(), exact.nan_to_num())
 
 
 @every_target

@@ -11,6 +11,7 @@ import torch
 TORCH_DTYPES = {
     "fp8e4nv": torch.float8_e4m3fn,
     "fp8e5": torch.float8_e5m2,
+    "fp8e4b8": torch.float8_e4m3fnuz,
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
     "fp32": torch.float32,

@@ -70,6 +70,40 @@ def decode_e4m3(code, DTYPE: tl.constexpr, HAS_TYPE: tl.constexpr, KEEP_NAN: tl.
 
 
 @triton.jit
+def fnuz_of_e4m3(codes):
+    """E4M3 codes [R, K] to codes of e4m3fnuz, CDNA 3's own, that have exactly half their values.
+
+    Its exponents are biased by one more, so that nearly all codes stay. -0 becomes 0, since there
+    is one zero, whose negative is NaN; and NaN that one, since its codes are numbers there.
+    Four codes are taken at a time, as a word of 32 bits, which they are in memory and in the
+    matrix instruction: LLVM sees that, and leaves no trace of taking them together and apart.
+    """
+    words = word_of_bytes(codes)
+    magnitudes = words & 0x7F7F7F7F
+    # One less than a sign's bit more carries into it from any magnitude but 0, 1 from NaN's alone.
+    keep = (magnitudes + 0x7F7F7F7F) | 0x7F7F7F7F
+    nan = (magnitudes + 0x01010101) & 0x80808080
+    return bytes_of_word((words & keep & ~(nan - (nan >> 7))) | nan)
+
+
+@triton.jit
+def word_of_bytes(x):
+    """Bytes [R, K] as uint32 [R, K / 4]; the first of four is the lowest."""
+    even, odd = tl.split(tl.reshape(x, (x.shape[0], x.shape[1] // 4, 2, 2)))
+    first, third = tl.split(even.to(tl.uint32))
+    second, fourth = tl.split(odd.to(tl.uint32))
+    return first | (second << 8) | (third << 16) | (fourth << 24)
+
+
+@triton.jit
+def bytes_of_word(words):
+    """Inverse of word_of_bytes."""
+    even = tl.join(words.to(tl.uint8), (words >> 16).to(tl.uint8))
+    odd = tl.join((words >> 8).to(tl.uint8), (words >> 24).to(tl.uint8))
+    return tl.reshape(tl.join(even, odd), (words.shape[0], 4 * words.shape[1]))
+
+
+@triton.jit
 def e2m1_of_magnitude(magnitude):
     """Codes 0 to 7 (int32) of fp32 magnitudes from 0 to 6: nearest, ties to even."""
     bits = magnitude.to(tl.int32, bitcast=True)

@@ -10,6 +10,7 @@ from mokernels.ops.kernels.reduce import finish
 from mokernels.ops.kernels.tiles import (
     as_operand,
     by_rows,
+    in_units,
     indices,
     load_activations,
     load_weights,
@@ -56,7 +57,8 @@ def add_block(
 ):
     """Acc + x @ w.T of one K block, times the scales that :func:`block_factor` takes."""
     zeros = new_accumulator(BLOCK_M, BLOCK_N, SWAP)
-    return acc + multiply(x, w, zeros, SWAP, None) * block_factor(rows, scale_w, SWAP)
+    factor = in_units(block_factor(rows, scale_w, SWAP), w.dtype)
+    return acc + multiply(x, w, zeros, SWAP, None) * factor
 
 
 @triton.jit

@@ -8,6 +8,7 @@ from mokernels.ops.kernels.reduce import finish
 from mokernels.ops.kernels.tiles import (
     as_operand,
     by_rows,
+    in_units,
     indices,
     load_activations,
     load_weights,
@@ -45,7 +46,7 @@ def sum_of_part(
         x_tile = load_activations(x_rows, in_m, k, BLOCK_K, K, EVEN_K)
         w_tile = load_weights(w_rows, k, BLOCK_K, K, EVEN_K)
         acc = multiply(as_operand(x_tile, COMPUTE), as_operand(w_tile, COMPUTE), acc, SWAP, PROMOTE)
-    return acc
+    return in_units(acc, COMPUTE)
 
 
 @triton.jit(do_not_specialize=["M", "blocks_per_split"])
@@ -76,7 +77,8 @@ def gemm_epilogue(
 ):
     """Out [M, N] = (x [M, K] @ w [N, K].T) * scale_x [M] * scale_w [N] + bias [N].
 
-    w is E4M3; x is E4M3 or a float type. Both are brought to COMPUTE, in which they are exact.
+    w is E4M3; x is E4M3 or a float type. Both are brought to COMPUTE, in which they are exact, or
+    both exactly halves.
     Where SPLIT says that programs share K, ``out`` is as :func:`finish` takes it.
     """
     wait_for_inputs()

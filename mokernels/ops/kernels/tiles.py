@@ -13,7 +13,7 @@ the other, each from a fresh accumulator, and it adds them in the same order: th
 import triton
 import triton.language as tl
 
-from mokernels.ops.kernels.elements import decode_e4m3
+from mokernels.ops.kernels.elements import decode_e4m3, fnuz_of_e4m3
 
 
 @triton.jit
@@ -105,15 +105,30 @@ def number_of_parts(K, blocks_per_split, BLOCK_K: tl.constexpr):
 
 @triton.jit
 def as_operand(tile, DTYPE: tl.constexpr):
-    """A loaded tile in the dtype that the dot multiplies; exact.
+    """A loaded tile in the dtype that the dot multiplies; exact, or exactly half of it.
 
-    E4M3 comes as ``float8e4nv``, or as bytes on targets that lack the type.
+    E4M3 comes as ``float8e4nv``, or as bytes on targets that lack the type. Half of it is what
+    ``float8e4b8`` gives, e4m3fnuz; see :func:`in_units`.
     """
     if tile.dtype == tl.uint8:
-        tile = decode_e4m3(tile, DTYPE, False)
+        if DTYPE == tl.float8e4b8:
+            tile = fnuz_of_e4m3(tile).to(DTYPE, bitcast=True)
+        else:
+            tile = decode_e4m3(tile, DTYPE, False)
     else:
         tile = tile.to(DTYPE)
     return tile
+
+
+@triton.jit
+def in_units(value, DTYPE: tl.constexpr):
+    """Value, a sum of products of operands of this dtype or its scale, times what 1 stands for.
+
+    Both operands are halves where they are e4m3fnuz: 4, and exact.
+    """
+    if DTYPE == tl.float8e4b8:
+        value = value * 4.0
+    return value
 
 
 @triton.jit

@@ -207,7 +207,7 @@ def plan_fp8_gemm(
     # Scales of 1x128 blocks have as many dimensions as the codes; fewer mean one for each row.
     a_blocks = scale_a.dim() == a.dim() and tuple(scale_a.shape) != (1,)
     kind = kind_of_fp8(target, a_blocks or scale_b.dim() == 2, fast_accum)
-    compute = tl.float8e4nv if target.has_fp8_dot else tl.float16
+    compute = _fp8_operands(target)
     out = a.new_empty((*a.shape[:-1], b.shape[0]), dtype=dtype)
     x = codes_of(rows_of(a), target)
     block_scale = rows_of(scale_a) if a_blocks else None
@@ -314,6 +314,13 @@ def plan_mxfp8_gemm(
     out = a.new_empty((*a.shape[:-1], b.shape[0]), dtype=dtype)
     ending = Ending(out, bias)
     return out, _plan_native(Kind.MXFP8, a, b, scale_a, scale_b, ending, plan_n, target, invariant)
+
+
+def _fp8_operands(target: Target) -> Any:
+    """Triton's name of the dtype in which E4M3 is multiplied by E4M3."""
+    if target.has_fnuz_dot:
+        return tl.float8e4b8
+    return tl.float8e4nv if target.has_fp8_dot else tl.float16
 
 
 def _plan_fp8(
