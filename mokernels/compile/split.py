@@ -28,6 +28,8 @@ import torch
 from torch.fx import Graph, Node
 
 from mokernels.compile.graph import arguments, call, calls, item_of, value
+from mokernels.formats import FORMATS, Format
+from mokernels.ops.layer_kinds import has_dot
 from mokernels.ops.registry import operator
 from mokernels.ops.target import target_of
 
@@ -88,7 +90,7 @@ def _fp8_gemm(graph: Graph, node: Node, given: Arguments, codes: Node, scale: No
 def _nvfp4(graph: Graph, node: Node, given: Arguments) -> Node | None:
     x, input_scale, bias, plan_n = (given[k] for k in ("x", "input_scale", "bias", "plan_n"))
     weight, scale_2, dtype = given["weight"], given["weight_scale_2"], _dtype_name(x)
-    if multiplies_block_scaled(x):
+    if multiplies(FORMATS["NVFP4"], x):
         pair = call(graph, operator("quantize_nvfp4"), (x, input_scale), like=node)
         codes, scale = item_of(graph, pair, 0), item_of(graph, pair, 1)
         scales = (scale, given["weight_scale"], input_scale, scale_2)
@@ -103,7 +105,7 @@ def _nvfp4(graph: Graph, node: Node, given: Arguments) -> Node | None:
 def _mxfp8(graph: Graph, node: Node, given: Arguments) -> Node | None:
     x, bias, plan_n = given["x"], given["bias"], given["plan_n"]
     weight, scale, dtype = given["weight"], given["weight_scale"], _dtype_name(x)
-    if multiplies_block_scaled(x):
+    if multiplies(FORMATS["MXFP8"], x):
         pair = call(graph, operator("quantize_mxfp8"), (x,), like=node)
         codes, exponents = item_of(graph, pair, 0), item_of(graph, pair, 1)
         args = (codes, weight, exponents, scale, bias, dtype, plan_n)
@@ -115,10 +117,10 @@ def _mxfp8(graph: Graph, node: Node, given: Arguments) -> Node | None:
     )
 
 
-def multiplies_block_scaled(x: Any) -> bool:
-    """Whether block-scaled codes go to the GEMM as they are where ``x`` lives."""
+def multiplies(format: Format, x: Any) -> bool:
+    """Whether codes of a format of groups go to the GEMM as they are where ``x`` lives."""
     device: torch.device = value(x).device
-    return device.type == "cpu" or target_of(device).has_block_scaled_dot
+    return device.type == "cpu" or has_dot(format, target_of(device))
 
 
 def _dtype_name(x: Any) -> str:

@@ -13,7 +13,7 @@ from mokernels.layers.linear import QuantizedLinear
 from mokernels.layers.trainable import FakeQuantizedLinear
 from mokernels.ops import tuned
 from mokernels.ops.configs import ANY_M, M_BUCKETS
-from mokernels.ops.layer_kinds import kind_of_layer, row_is_gemv
+from mokernels.ops.layer_kinds import has_dot, kind_of_layer, row_is_gemv
 from mokernels.ops.table_files import Key
 from mokernels.ops.target import Target, target_of
 
@@ -124,7 +124,7 @@ def triton_family(layer: QuantizedLinear, target: Target) -> tuple[str, str]:
 def _matrix_family(layer: QuantizedLinear, target: Target) -> tuple[str, str]:
     weight_only = layer.activation is Activation.NONE
     if layer.format.granularity is Granularity.GROUP:
-        if target.has_block_scaled_dot and not weight_only:
+        if has_dot(layer.format, target) and not weight_only:
             return "native", f"{target.name} multiplies block-scaled operands itself"
         what = "weights are" if weight_only else "weights and activations are"
         return "decode", f"{what} decoded to 16 bit exactly, global scales on the accumulator"

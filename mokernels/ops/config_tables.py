@@ -120,8 +120,9 @@ def rows_of(kind: Kind, target: Target, tma: bool = True, invariant: bool = Fals
 
 
 def _rows_of(kind: Kind, target: Target, tma: bool, invariant: bool) -> Rows:
-    lacks_scaled = kind in (Kind.NVFP4, Kind.MXFP8) and not target.has_block_scaled_dot
-    if lacks_scaled or (kind is Kind.FP8_FAST and not target.promotes_accumulator):
+    lacks_nvfp4 = kind is Kind.NVFP4 and not target.has_nvfp4_dot
+    lacks_mxfp8 = kind is Kind.MXFP8 and not target.has_mxfp8_dot
+    if lacks_nvfp4 or lacks_mxfp8 or (kind is Kind.FP8_FAST and not target.promotes_accumulator):
         return ()
     if kind is Kind.FP32:
         return _FP32
@@ -153,7 +154,7 @@ def _table(kind: Kind, target: Target) -> Table:
     if kind in (Kind.FP8, Kind.FP8_BLOCK) and target.has_fnuz_dot:
         return "fnuz"
     found = generation(target)
-    return "mma_scaled" if found == "mma" and target.has_block_scaled_dot else found
+    return "mma_scaled" if found == "mma" and target.has_nvfp4_dot else found
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -324,6 +325,7 @@ _MFMA: Mapping[Kind, Rows] = MappingProxyType(
     {
         Kind.FP8: _MFMA_FP8,
         Kind.FP8_BLOCK: _MFMA_FP8,
+        Kind.MXFP8: _MFMA_FP8,
         Kind.HALF_FP8: _MFMA_HALF,
         Kind.HALF_BLOCK: _MFMA_HALF,
         Kind.HALF_NVFP4: _MFMA_HALF,

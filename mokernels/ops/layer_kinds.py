@@ -22,7 +22,7 @@ def kind_of_layer(format: Format, activation: Activation, target: Target) -> Kin
     """
     quantized = activation is not Activation.NONE
     if format.granularity is Granularity.GROUP:
-        if quantized and target.has_block_scaled_dot:
+        if quantized and has_dot(format, target):
             return Kind.NVFP4 if format.element is E2M1 else Kind.MXFP8
         return Kind.HALF_NVFP4 if format.element is E2M1 else Kind.HALF_MXFP8
     blocks = format.granularity is Granularity.BLOCK
@@ -46,8 +46,13 @@ def row_is_gemv(format: Format, activation: Activation, n: int, k: int, target: 
     quantized = activation is not Activation.NONE
     if format.granularity is not Granularity.GROUP:
         return not quantized and multiplies_row_by_e4m3_gemv(1, n, k)
-    if quantized and target.has_block_scaled_dot:
+    if quantized and has_dot(format, target):
         return False
     if format.element is E2M1:
         return multiplies_row_by_gemv(1, n, k, quantized)
     return multiplies_row_by_e4m3_gemv(1, n, k)
+
+
+def has_dot(format: Format, target: Target) -> bool:
+    """Whether the target's matrix units multiply a format of groups, scales included."""
+    return target.has_nvfp4_dot if format.element is E2M1 else target.has_mxfp8_dot

@@ -69,7 +69,7 @@ def quantizes_in_gemm(
     return m <= STATIC_ROWS_IN_GEMM
 
 
-def quantizes_row_in_gemm(m: int, target: Target) -> bool:
+def quantizes_row_in_gemm(m: int, native: bool) -> bool:
     """Whether an NVFP4 or MXFP8 product that decodes its operands also quantizes its activations.
 
     A maximum for each 16 or 32 elements, a division and an encoding cost about as many instructions
@@ -79,9 +79,9 @@ def quantizes_row_in_gemm(m: int, target: Target) -> bool:
 
     Args:
         m: rows of the activations.
-        target: matrix units that apply block scales take codes, from a quantizer.
+        native: whether matrix units apply the block scales: they take codes, from a quantizer.
     """
-    return m == 1 and not target.has_block_scaled_dot
+    return m == 1 and not native
 
 
 def multiplies_row_by_gemv(m: int, n: int, k: int, quantized: bool) -> bool:

@@ -63,9 +63,14 @@ class Target:
         return self._cuda_at_least(90)
 
     @cached_property
-    def has_block_scaled_dot(self) -> bool:
-        """The matrix units apply NVFP4 and MXFP8 block scales themselves (tcgen05, mma.sync)."""
+    def has_nvfp4_dot(self) -> bool:
+        """The matrix units multiply NVFP4, its block scales included (tcgen05, mma.sync)."""
         return self._cuda_at_least(100)
+
+    @cached_property
+    def has_mxfp8_dot(self) -> bool:
+        """The matrix units multiply MXFP8, its exponents included (the same, and CDNA 4)."""
+        return self.has_nvfp4_dot or self.arch == "gfx950"
 
     @cached_property
     def copies_scales(self) -> bool:

@@ -32,6 +32,7 @@ from mokernels.ops.launch import decode, gemm
 from mokernels.ops.launch.plan import Launch
 from mokernels.ops.target import (
     CUDA_TARGETS,
+    GFX950,
     HIP_TARGETS,
     SM_80,
     SM_89,
@@ -378,6 +379,16 @@ def test_amd_multiplies_codes(target, plan, m):
     # Codes of CDNA 3's form are made of a checkpoint's four at a time, not byte by byte, which
     # takes 22 instructions for each, most of them 16 bits wide.
     assert not re.search(r"\bv_\w+_[ub]16", compiled.amdgcn)
+    assert not compiled.spills
+
+
+@pytest.mark.parametrize("m", [1, 64, 2048])
+def test_cdna_4_multiplies_mxfp8(m):
+    compiled = compile_launch(only(mxfp8(m, 4096, GFX950), "gemm_"), GFX950)
+    assert compiled.name == "gemm_native"
+    found = re.findall(r"\bv_mfma_\w+", compiled.amdgcn)
+    assert found
+    assert all("scale" in name for name in found)
     assert not compiled.spills
 
 

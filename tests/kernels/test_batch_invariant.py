@@ -129,8 +129,8 @@ every_target = pytest.mark.parametrize("target", TARGETS, ids=lambda target: tar
 
 def test_linears_with_block_scales_are_tried_natively_and_decoded():
     for name in ("nvfp4_linear", "mxfp8_linear"):
-        native = {p.values[0].has_block_scaled_dot for p in PAIRS if p.values[1] == name}
-        assert native == {target.has_block_scaled_dot for target in TARGETS}
+        native = {p.values[0].has_nvfp4_dot for p in PAIRS if p.values[1] == name}
+        assert native == {target.has_nvfp4_dot for target in TARGETS}
 
 
 def drawn(device: torch.device, name: str) -> tuple[Run, Tensor]:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from mokernels import numerics
 from mokernels.ops import launch
 from mokernels.ops.configs import BLOCKS_PER_SPLIT, Kind, bucket, choose
-from mokernels.ops.target import SM_100, Target
+from mokernels.ops.target import HIP_TARGETS, SM_100, Target
 from tests.kernels.products import (
     BF16,
     FP8,
@@ -30,10 +30,13 @@ from tests.kernels.products import (
     targets,
 )
 from tests.support.compare import assert_same_bits
+from tests.support.interpreter import interpreting
 
 NAMES = {BF16: "bfloat16", FP16: "float16", FP32: "float32"}
 nvfp4_inner = st.sampled_from([16, 48, 128, 144, 256, 304])
 mxfp8_inner = st.sampled_from([32, 96, 128, 160, 256, 320])
+ALL_TARGETS = (*TARGETS, *HIP_TARGETS) if interpreting() else TARGETS
+all_targets = st.sampled_from(ALL_TARGETS)
 every_target = pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.name)
 
 
@@ -52,7 +55,7 @@ def mxfp8(draw: Draw, *shape: int, layout: str = "dense") -> tuple[torch.Tensor,
 
 
 @settings(max_examples=25)
-@given(seeds, targets, leads, columns, nvfp4_inner, floats, biases, layouts)
+@given(seeds, all_targets, leads, columns, nvfp4_inner, floats, biases, layouts)
 def test_nvfp4_gemm(device, seed, target, lead, n, k, dtype, bias_dtype, layout):
     draw = Draw(device, seed)
     a, scale_a, global_a = nvfp4(draw, *lead, k, layout=layout)
@@ -67,7 +70,7 @@ def test_nvfp4_gemm(device, seed, target, lead, n, k, dtype, bias_dtype, layout)
 
 
 @settings(max_examples=25)
-@given(seeds, targets, leads, columns, mxfp8_inner, floats, biases, layouts)
+@given(seeds, all_targets, leads, columns, mxfp8_inner, floats, biases, layouts)
 def test_mxfp8_gemm(device, seed, target, lead, n, k, dtype, bias_dtype, layout):
     draw = Draw(device, seed)
     a, scale_a = mxfp8(draw, *lead, k, layout=layout)
@@ -99,7 +102,7 @@ def test_scales_in_the_order_of_the_matrix_units_are_the_same_scales(device, for
 
 
 @settings(max_examples=25)
-@given(seeds, targets, leads, columns, nvfp4_inner, floats, biases, layouts)
+@given(seeds, all_targets, leads, columns, nvfp4_inner, floats, biases, layouts)
 def test_nvfp4_weight_only_gemm(device, seed, target, lead, n, k, dtype, bias_dtype, layout):
     draw = Draw(device, seed)
     x = restride(draw.normal(*lead, k, dtype=dtype), layout)
@@ -109,7 +112,7 @@ def test_nvfp4_weight_only_gemm(device, seed, target, lead, n, k, dtype, bias_dt
 
 
 @settings(max_examples=25)
-@given(seeds, targets, leads, columns, mxfp8_inner, floats, biases, layouts)
+@given(seeds, all_targets, leads, columns, mxfp8_inner, floats, biases, layouts)
 def test_mxfp8_weight_only_gemm(device, seed, target, lead, n, k, dtype, bias_dtype, layout):
     draw = Draw(device, seed)
     x = restride(draw.normal(*lead, k, dtype=dtype), layout)
@@ -119,7 +122,7 @@ def test_mxfp8_weight_only_gemm(device, seed, target, lead, n, k, dtype, bias_dt
 
 
 @settings(max_examples=12)
-@given(seeds, targets, leads, columns, nvfp4_inner, floats, biases, st.sampled_from([1, 2]))
+@given(seeds, all_targets, leads, columns, nvfp4_inner, floats, biases, st.sampled_from([1, 2]))
 def test_one_global_scale_for_each_row_of_an_nvfp4_weight(
     device, seed, target, lead, n, k, dtype, bias_dtype, step
 ):
@@ -145,7 +148,7 @@ def test_one_global_scale_for_each_row_of_an_nvfp4_weight(
 
 
 @settings(max_examples=8)
-@given(seeds, targets, leads, mxfp8_inner, floats, floats)
+@given(seeds, all_targets, leads, mxfp8_inner, floats, floats)
 def test_mxfp8_weight_only_gemm_returns_the_dtype_that_is_asked_for(
     device, seed, target, lead, k, dtype, out_dtype
 ):
@@ -218,7 +221,7 @@ def test_a_fused_nvfp4_group_equals_its_members_to_the_bit(device, target, quant
     target, draw = few_processors(target), Draw(device, 3)
     m, members = 5, (128, 384, 512)
     n = sum(members)
-    native = quantized and target.has_block_scaled_dot
+    native = quantized and target.has_nvfp4_dot
     kind = Kind.NVFP4 if native else Kind.HALF_NVFP4
     k = inner_of_two_splits(kind, m, target)
     group, alone = (choose(kind, m, size, k, target).split_k for size in (n, members[0]))

@@ -29,7 +29,7 @@ from tests.kernels.products import (
 )
 from tests.support.compare import assert_same_bits
 
-DECODING = [target for target in TARGETS if not target.has_block_scaled_dot]
+DECODING = [target for target in TARGETS if not target.has_nvfp4_dot]
 pytestmark = pytest.mark.skipif(
     not DECODING, reason="this device's matrix units apply block scales: it takes codes"
 )

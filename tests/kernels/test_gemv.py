@@ -48,7 +48,7 @@ columns = st.sampled_from([1, 3, 4, 9, 16])
 inner = st.sampled_from([0, 32, 96, 288, BLOCK_K, BLOCK_K + 32, 2 * BLOCK_K])
 # AMD's devices decode without PTX.
 ALL_TARGETS = (*TARGETS, *HIP_TARGETS) if interpreting() else TARGETS
-DECODING = [target for target in ALL_TARGETS if not target.has_block_scaled_dot]
+DECODING = [target for target in ALL_TARGETS if not target.has_nvfp4_dot]
 targets = st.sampled_from(ALL_TARGETS)
 FAMILIES = {(target.backend, target.has_fp8_type): target for target in reversed(ALL_TARGETS)}
 every_target = pytest.mark.parametrize("target", FAMILIES.values(), ids=lambda target: target.name)
@@ -153,7 +153,7 @@ def test_a_member_of_a_group_is_split_as_the_group(device, target, quantized):
 
     def product(rows: int) -> Tensor:
         weight = (codes[:rows], scale[:rows], global_scale)
-        if quantized and not target.has_block_scaled_dot:
+        if quantized and not target.has_nvfp4_dot:
             arguments = (draw_input_scale(device), None, plan_n)
             return launch.nvfp4_linear(x, *weight, *arguments, target=target)
         return gemv(x, weight, None, target, plan_n=plan_n)

@@ -57,7 +57,7 @@ inner = st.sampled_from([32, 96, 160, BLOCK_K, BLOCK_K + 32, 2 * BLOCK_K + 160])
 halves = st.sampled_from([BF16, FP16])
 # AMD's devices decode without PTX.
 ALL_TARGETS = (*TARGETS, *HIP_TARGETS) if interpreting() else TARGETS
-DECODING = [target for target in ALL_TARGETS if not target.has_block_scaled_dot]
+DECODING = [target for target in ALL_TARGETS if not target.has_mxfp8_dot]
 targets = st.sampled_from(ALL_TARGETS)
 FAMILIES = {(target.backend, target.has_fp8_type): target for target in reversed(ALL_TARGETS)}
 every_target = pytest.mark.parametrize("target", FAMILIES.values(), ids=lambda target: target.name)
@@ -366,7 +366,7 @@ def test_batch_invariant_products_take_the_matrix_units(device, target, monkeypa
         run_all()
     assert seen == []
     run_all()
-    linears = [] if target.has_block_scaled_dot else [Kind.GEMV_MXFP8]
+    linears = [] if target.has_mxfp8_dot else [Kind.GEMV_MXFP8]
     assert seen == [Kind.GEMV_MXFP8, Kind.GEMV_FP8, *linears]
 
 

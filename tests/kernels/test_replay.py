@@ -111,7 +111,7 @@ def planned(name: str, target: Target) -> Callable[..., Any]:
 
 def computes(name: str, target: Target) -> bool:
     """Whether torch has something to do in each call: to make a 1."""
-    return name.startswith("nvfp4_gemm") and not target.has_block_scaled_dot
+    return name.startswith("nvfp4_gemm") and not target.has_nvfp4_dot
 
 
 def targets(device: torch.device) -> tuple[Target, ...]:

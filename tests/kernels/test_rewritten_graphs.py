@@ -30,6 +30,7 @@ from mokernels.formats import FORMATS, Activation
 from mokernels.layers import Siblings, finish_loading, make_layer
 from mokernels.ops import launch, quantizing
 from mokernels.ops.launch.plan import Launch
+from mokernels.ops.layer_kinds import has_dot
 from mokernels.ops.target import Target
 from tests.kernels.products import TARGETS
 from tests.support.compare import assert_same_bits
@@ -195,8 +196,8 @@ def rewritten(graph: GraphModule, target: Target, options: FusionOptions) -> Gra
     with (
         mock.patch.object(fusion, "_on_cpu", return_value=False),
         mock.patch(
-            "mokernels.compile.split.multiplies_block_scaled",
-            return_value=target.has_block_scaled_dot,
+            "mokernels.compile.split.multiplies",
+            side_effect=lambda format, _: has_dot(format, target),
         ),
         torch.no_grad(),
     ):
@@ -212,7 +213,7 @@ def names(graph: GraphModule) -> list[str]:
 def cases() -> Iterator[tuple[str, int, Target]]:
     """Every format, by every family of kernels for few tokens, and by one of them for more."""
     for position, kind in enumerate(KINDS):
-        families = {(t.has_fp8_dot, t.has_block_scaled_dot): t for t in reversed(TARGETS)}
+        families = {(t.has_fp8_dot, t.has_nvfp4_dot): t for t in reversed(TARGETS)}
         for target in families.values():
             yield kind, 3, target
         yield kind, 40, TARGETS[position % len(TARGETS)]
@@ -233,7 +234,7 @@ def test_sharing_and_merging_change_no_bit(device, kind, m, target) -> None:
 
 
 # By whether it has the type of the codes, and units that take MXFP8 as it is.
-GEMV_TARGETS = {(t.has_fp8_type, t.has_block_scaled_dot): t for t in TARGETS}
+GEMV_TARGETS = {(t.has_fp8_type, t.has_mxfp8_dot): t for t in TARGETS}
 GEMV_KINDS = ("FP8 weight-only", "MXFP8", "MXFP8 weight-only")
 
 
@@ -248,7 +249,7 @@ def test_one_row_without_matrix_units_has_one_result_too(device, kind, target, m
         (wanted,) = Launched(eager.graph, target).run(*eager.inputs_for(1))
         (found,) = Launched(after, target).run(*block.inputs_for(1))
     # Projections of one input are large enough together: five before, merged to two.
-    native = kind == "MXFP8" and target.has_block_scaled_dot
+    native = kind == "MXFP8" and target.has_mxfp8_dot
     assert counts == ([] if native else ["gemv_e4m3"] * (5 + 2))
     assert_same_bits(found, wanted)
 

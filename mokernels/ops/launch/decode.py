@@ -142,7 +142,7 @@ def plan_nvfp4_row(
     are faster. ``input_scale`` is fp32 with one item, the global scale of x.
     """
     rows = x.shape[:-1].numel()
-    if input_scale.numel() != 1 or not quantizes_row_in_gemm(rows, target):
+    if input_scale.numel() != 1 or not quantizes_row_in_gemm(rows, target.has_nvfp4_dot):
         return None
     weight = DecodedWeight.nvfp4(b, scale_b, target)
     if not invariant and takes_gemv(rows, weight.codes, plan_n, True):
@@ -171,7 +171,7 @@ def plan_mxfp8_row(
     two are faster: the quantizer writes bf16, whatever x is.
     """
     rows = x.shape[:-1].numel()
-    if not quantizes_row_in_gemm(rows, target):
+    if not quantizes_row_in_gemm(rows, target.has_mxfp8_dot):
         return None
     weight = DecodedWeight.mxfp8(b, scale_b, target)
     if not invariant and takes_e4m3_gemv(rows, torch.bfloat16, weight.codes, plan_n):

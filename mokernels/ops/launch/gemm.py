@@ -267,7 +267,7 @@ def plan_nvfp4_gemm(
     Where the matrix units do not apply block scales, the activations are first decoded to bf16
     without their global scale, which is exact.
     """
-    if not target.has_block_scaled_dot:
+    if not target.has_nvfp4_dot:
         one = global_scale_a.new_ones(())
         x, decode = plan_dequantize_nvfp4(a, scale_a, one, "bfloat16", target=target)
         out, launches = plan_nvfp4_decode(
@@ -305,7 +305,7 @@ def plan_mxfp8_gemm(
     Where the matrix units do not apply block scales, the activations are first decoded to bf16,
     which is exact inside bf16's range.
     """
-    if not target.has_block_scaled_dot:
+    if not target.has_mxfp8_dot:
         x, decode = plan_dequantize_mxfp8(a, scale_a, "bfloat16", target=target)
         out, launches = plan_mxfp8_decode(
             x, b, scale_b, bias, dtype, plan_n, target=target, invariant=invariant

@@ -244,7 +244,7 @@ def plan_nvfp4_linear(
     planned = plan_nvfp4_row(x, weight, weight_scale, *tail, target=target, invariant=invariant)
     if planned is not None:
         return planned
-    if target.has_block_scaled_dot:
+    if target.has_nvfp4_dot:
         (codes, scale), quantize = plan_quantize_nvfp4(x, input_scale, target=target)
         out, multiply = plan_nvfp4_gemm(
             codes, weight, scale, weight_scale, *tail, target=target, invariant=invariant
@@ -272,7 +272,7 @@ def plan_mxfp8_linear(
     planned = plan_mxfp8_row(x, weight, weight_scale, *tail, target=target, invariant=invariant)
     if planned is not None:
         return planned
-    if target.has_block_scaled_dot:
+    if target.has_mxfp8_dot:
         (codes, scale), quantize = plan_quantize_mxfp8(x, target=target)
         out, multiply = plan_mxfp8_gemm(
             codes, weight, scale, weight_scale, *tail, target=target, invariant=invariant
