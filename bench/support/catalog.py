@@ -7,7 +7,7 @@ from functools import partial
 
 import torch
 
-from bench.support import activations, gemms, host, models
+from bench.support import activations, gemms, host, invariance, models
 from bench.support.contest import Case, Setting
 from bench.support.machine import l2_bytes, measure_ceilings
 from bench.support.timing import Clock, GraphClock, WallClock
@@ -20,6 +20,7 @@ GROUPS = {
     "activation": activations.activation_cases,
     "layer": models.layer_cases,
     "product": gemms.product_cases,
+    "invariant": invariance.invariant_cases,
     "host": host.host_cases,
     "plan": host.plan_cases,
     "cpu": models.cpu_cases,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -224,7 +224,7 @@ def linear_cases() -> Iterator[Case]:
                     name=f"{kind_name} {n}x{k} M={m}",
                     group="quantize and multiply",
                     tier=_tier(kind_name, m),
-                    build=partial(_linear_contest, kind_name, m, n, k),
+                    build=partial(linear_contest, kind_name, m, n, k),
                     facts={"format": kind.format, "projection": shape, "m": m, "n": n, "k": k},
                     target=kind.target if m <= 128 else None,
                     against=kind.against,
@@ -270,9 +270,16 @@ def stored(format: str, weight: Tensor, x: Tensor) -> dict[str, Tensor]:
     return leaves
 
 
-def _linear_contest(kind_name: str, m: int, n: int, k: int, setting: Setting) -> Contest:
+def linear_contest(
+    kind_name: str, m: int, n: int, k: int, setting: Setting, *, rows: int | None = None
+) -> Contest:
+    """Quantize [m, k] and multiply by [n, k]; only the first ``rows`` of these, if they are given.
+
+    The calibrated scale is that of all m.
+    """
     kind, p = KINDS[kind_name], operands(setting, m, n, k)
     leaves = stored(kind.format, p.weight, p.x)
+    p = replace(p, x=p.x[:rows])
     names, tensors = tuple(leaves), tuple(leaves.values())
 
     def run(*copy: Tensor) -> Tensor:
