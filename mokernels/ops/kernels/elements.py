@@ -83,7 +83,9 @@ def fnuz_of_e4m3(codes):
     # One less than a sign's bit more carries into it from any magnitude but 0, 1 from NaN's alone.
     keep = (magnitudes + 0x7F7F7F7F) | 0x7F7F7F7F
     nan = (magnitudes + 0x01010101) & 0x80808080
-    return bytes_of_word((words & keep & ~(nan - (nan >> 7))) | nan)
+    # Of NaN's codes nothing stays.
+    keep &= 0xFFFFFFFF ^ (nan - (nan >> 7))
+    return bytes_of_word((words & keep) | nan)
 
 
 @triton.jit
