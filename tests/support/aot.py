@@ -7,13 +7,14 @@ spilled and how much shared memory a program takes; not speed, and not the numbe
 from __future__ import annotations
 
 import datetime
+import multiprocessing
 import re
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterable
 from contextlib import redirect_stdout
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from io import StringIO
 from pathlib import Path
 from typing import Any, Literal
@@ -120,10 +121,41 @@ class _Driver:
 def compile_launch(launch: Launch, target: Target) -> Compiled:
     """Compile what ``launch.run()`` would run on a device of this target.
 
+    Triton 3.6 converts E4M3 to bf16 on every target as on the first one that a process compiles
+    for, which sm_89 may lack the instruction for: there each is compiled in a process of its own.
+
     Args:
         launch: its tensors may be meta tensors, which count as 16-byte aligned.
         target: CUDA or HIP.
     """
+    import triton
+
+    if triton.__version__.startswith("3.6."):
+        return _in_a_child(partial(_compile, launch, target))
+    return _compile(launch, target)
+
+
+def _in_a_child(make: Callable[[], Compiled]) -> Compiled:
+    context = multiprocessing.get_context("fork")
+    here, there = context.Pipe(duplex=False)
+
+    def send() -> None:
+        try:
+            there.send((make(), ""))
+        except BaseException as error:
+            there.send((None, f"{type(error).__name__}: {error}"))
+
+    child = context.Process(target=send)
+    child.start()
+    there.close()
+    made, problem = here.recv()
+    child.join()
+    if made is None:
+        raise RuntimeError(problem)
+    return made
+
+
+def _compile(launch: Launch, target: Target) -> Compiled:
     import triton
     from triton.compiler import ASTSource, make_backend
     from triton.runtime import driver
