@@ -187,6 +187,7 @@ def test_experts_that_may_compute_something_else_are_refused():
         quantized("MXFP8", model)
 
 
+@pytest.mark.newest
 def test_compiled_and_generated(tmp_path):
     folder = mokernels.export(quantized("FP8_PB_WO", tiny_model("Qwen3Moe")), tmp_path / "out")
     model = mokernels.from_pretrained(folder)

@@ -49,6 +49,7 @@ SIZES = {
 }
 
 
+@pytest.mark.newest
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
 @pytest.mark.parametrize("load", LOADERS)
 @pytest.mark.parametrize("format", ["FP8", "NVFP4"])

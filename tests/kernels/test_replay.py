@@ -120,14 +120,14 @@ def targets(device: torch.device) -> tuple[Target, ...]:
 
 @pytest.mark.parametrize("m", [1, 5])
 def test_products_have_the_bits_of_planned_ones(device, launches, m):
-    for target in targets(device):
-        operators = {name: Replayed(planned(name, target)) for name, _ in calls(m, device, 0)}
-        for seed in range(2):
-            for name, args in calls(m, device, seed):
-                expected = planned(name, target)(*args)
-                launches.clear()
-                assert_same_bits(operators[name](*args), expected)
-                assert bool(launches) == (seed > 0 and not computes(name, target)), (name, target)
+    target = targets(device)[0 if m == 1 else -1]
+    operators = {name: Replayed(planned(name, target)) for name, _ in calls(m, device, 0)}
+    for seed in range(2):
+        for name, args in calls(m, device, seed):
+            expected = planned(name, target)(*args)
+            launches.clear()
+            assert_same_bits(operators[name](*args), expected)
+            assert bool(launches) == (seed > 0 and not computes(name, target)), name
 
 
 @pytest.mark.parametrize("name", QUANTIZERS)
