@@ -377,7 +377,7 @@ def test_amd_multiplies_codes(target, plan, m):
     assert set(found) <= {"fp8_fp8", "f8f6f4"}
     assert found
     # Codes of CDNA 3's form are made of a checkpoint's four at a time, not byte by byte, which
-    # takes 22 instructions for each, most of them 16 bits wide.
+    # takes about 11 instructions for each, most of them 16 bits wide.
     assert not re.search(r"\bv_\w+_[ub]16", compiled.amdgcn)
     assert not compiled.spills
 
