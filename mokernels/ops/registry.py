@@ -38,7 +38,7 @@ def register(
     Args:
         schema: the operator's schema, ``name(arguments) -> returns``.
         check: raises ArgumentError for arguments that do not fit; it takes the operator's arguments
-            and runs before every implementation.
+            and runs before every implementation, but for calls on a GPU that are replayed.
         reference: CPU implementation, in plain torch.
         fake: the result's shapes and dtypes only.
         launcher: the Triton implementation: a function's name in ``mokernels.ops.launch``, and what

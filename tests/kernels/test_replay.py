@@ -16,7 +16,7 @@ from mokernels.ops import launch, tuned
 from mokernels.ops.configs import choose
 from mokernels.ops.kinds import Kind
 from mokernels.ops.launch import direct, plan, replay
-from mokernels.ops.launch.replay import Replayed
+from mokernels.ops.launch.replay import Recipe, Replayed
 from mokernels.ops.quantize import QUANTIZERS
 from mokernels.ops.table_files import Key
 from mokernels.ops.target import SM_90, SM_100, Target, target_of
@@ -61,10 +61,10 @@ def seen_as(planned: Any, given: Any) -> Any:
 
 
 @pytest.fixture(autouse=True)
-def launches(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Kernels that are launched without being planned; they are interpreted where all are."""
-    launched: list[Any] = []
-    launch_compiled, launch_directly = direct.launch_compiled, direct.launch
+def replays(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Recipes that are followed, one for each replayed call; interpreted where all kernels are."""
+    followed: list[Any] = []
+    follow, launch_directly = Recipe.__call__, direct.launch
 
     def find(kernel: Any, args: Any, constants: Any, options: Any) -> Any:
         given = {name: options[name] for name in ("num_warps", "num_stages")}
@@ -75,13 +75,13 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
             launch_directly(*given)
 
     def interpret(compiled: Any, grid: Any, stream: int, args: Any) -> None:
-        launched.append(compiled)
         compiled(grid, args)
 
-    def on_the_device(compiled: Any, *rest: Any) -> None:
-        launched.append(compiled)
-        launch_compiled(compiled, *rest)
+    def note(self: Recipe, *given: Any) -> Any:
+        followed.append(self)
+        return follow(self, *given)
 
+    monkeypatch.setattr(Recipe, "__call__", note)
     if interpreting():
         monkeypatch.setattr(plan, "launch", launch_interpreted)
         monkeypatch.setattr(direct, "find", find)
@@ -89,9 +89,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         monkeypatch.setattr(direct, "are_watched", lambda kernels: False)
         monkeypatch.setattr(direct, "current_device", lambda: -1)  # as a tensor's of the CPU
         monkeypatch.setattr(direct, "current_stream", lambda device: 0)
-    else:
-        monkeypatch.setattr(direct, "launch_compiled", on_the_device)
-    return launched
+    return followed
 
 
 def calls(m: int, device: torch.device, seed: int) -> Iterator[tuple[str, tuple[Any, ...]]]:
@@ -119,19 +117,19 @@ def targets(device: torch.device) -> tuple[Target, ...]:
 
 
 @pytest.mark.parametrize("m", [1, 5])
-def test_products_have_the_bits_of_planned_ones(device, launches, m):
+def test_products_have_the_bits_of_planned_ones(device, replays, m):
     target = targets(device)[0 if m == 1 else -1]
     operators = {name: Replayed(planned(name, target)) for name, _ in calls(m, device, 0)}
     for seed in range(2):
         for name, args in calls(m, device, seed):
             expected = planned(name, target)(*args)
-            launches.clear()
+            replays.clear()
             assert_same_bits(operators[name](*args), expected)
-            assert bool(launches) == (seed > 0 and not computes(name, target)), name
+            assert bool(replays) == (seed > 0 and not computes(name, target)), name
 
 
 @pytest.mark.parametrize("name", QUANTIZERS)
-def test_quantizers_have_the_bits_of_planned_ones(device, launches, name):
+def test_quantizers_have_the_bits_of_planned_ones(device, replays, name):
     extra = (torch.tensor(0.02, device=device),) if QUANTIZERS[name].extra else ()
     (target, *_) = targets(device)
     weight = torch.rand(256, device=device)
@@ -149,9 +147,9 @@ def test_quantizers_have_the_bits_of_planned_ones(device, launches, name):
         for seed in range(3):
             torch.manual_seed(seed)
             args = arguments(torch.randn(3, 256, dtype=BF16).to(device))
-            launches.clear()
+            replays.clear()
             results, expected = replayed(*args), call(*args)
-            assert len(launches) == (seed > 0), operator
+            assert len(replays) == (seed > 0), operator
             assert isinstance(results, tuple) == isinstance(expected, tuple)
             pairs = (
                 zip(results, expected, strict=True)
@@ -210,7 +208,7 @@ def test_what_is_different_is_planned(device, product, x):
     assert not product(x)
 
 
-def test_addresses_between_two_multiples_of_16_bytes_are_planned_once(device, product, x):
+def test_addresses_between_two_multiples_of_16_bytes_are_told_apart(device, product, x):
     assert product(x)
     between = torch.empty(x.numel() + 1, dtype=BF16, device=device)[1:].view(x.shape).copy_(x)
     assert product(between)
