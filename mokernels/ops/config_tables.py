@@ -359,7 +359,8 @@ _SERIAL_BUCKETS: Mapping[tuple[Table, Kind], int] = MappingProxyType(
 )
 
 # Many rows, where TMA can read the operands. The fastest of a search on an H200 with 2048 rows;
-# with fast accumulation 128x256 and 256x128 are level. Rows take the place of those above from the
+# with fast accumulation 128x256 and 256x128 are level. On sm_100, where nothing was measured, the
+# largest that does not spill at the end of a tile. Rows take the place of those above from the
 # first bucket on, each bucket being twice the one before; where that one splits K, both tables have
 # to have the same tile.
 #
@@ -367,7 +368,7 @@ _SERIAL_BUCKETS: Mapping[tuple[Table, Kind], int] = MappingProxyType(
 # 28672 x 4096 at 4 TB/s 75 or 90 us. A row of x then takes 0.33 us at the rate of a bf16 product,
 # and where the weight is decoded in the product 0.63 to 0.75 (NVFP4) or 0.68 to 1.0 us (MXFP8),
 # measured on an H200. So the two ways meet between 130 and 260 rows.
-_WGMMA_DECODED: Rows = (_by_tma(512, 128, 256, 4, k=64), _by_tma(ANY_M, 128, 256, 4, k=64))
+_DECODED: Rows = (_by_tma(512, 128, 256, 4, k=64), _by_tma(ANY_M, 128, 256, 4, k=64))
 _BY_TMA: Mapping[tuple[Table, Kind], Rows] = MappingProxyType(
     {
         ("wgmma", Kind.FP8): (
@@ -375,8 +376,11 @@ _BY_TMA: Mapping[tuple[Table, Kind], Rows] = MappingProxyType(
             _by_tma(ANY_M, 256, 128, 3, FP8_BLOCK),
         ),
         ("wgmma", Kind.FP8_FAST): (_by_tma(512, 128, 128, 5), _by_tma(ANY_M, 128, 256, 3)),
-        ("wgmma", Kind.HALF_NVFP4): _WGMMA_DECODED,
-        ("wgmma", Kind.HALF_MXFP8): _WGMMA_DECODED,
+        ("wgmma", Kind.HALF_NVFP4): _DECODED,
+        ("wgmma", Kind.HALF_MXFP8): _DECODED,
+        ("tcgen05", Kind.FP8): (_by_tma(512, 128, 128, 4), _by_tma(ANY_M, 128, 256, 4)),
+        ("tcgen05", Kind.HALF_NVFP4): _DECODED,
+        ("tcgen05", Kind.HALF_MXFP8): _DECODED,
     }
 )
 

@@ -42,7 +42,8 @@ POSSIBLE = [
     (SM_100, Kind.FP8, SQUARE),
     (SM_100, Kind.FP8_BLOCK, SQUARE),
 ]
-MATRIX_INSTRUCTION = {SM_90: "QGMMA", SM_100: "UTCQMMA"}
+OF_FP8 = {SM_90: "QGMMA", SM_100: "UTCQMMA"}
+OF_16_BITS = {SM_90: "HGMMA", SM_100: "UTCHMMA"}
 
 
 def launch_of(target: Target, kind: Kind, config: GemmConfig, n: int, out: torch.dtype) -> Launch:
@@ -103,7 +104,8 @@ def test_main_loop(case: GemmCase, compiled: Compiled):
     assert compiled.name == "gemm_persistent"
     loop = sass.main_loop(compiled)
     used = sass.count(loop)
-    wanted = "HGMMA" if case.kind in DECODED_FIRST else MATRIX_INSTRUCTION[case.target]
+    decoded = case.kind in DECODED_FIRST
+    wanted = (OF_16_BITS if decoded else OF_FP8)[case.target]
     sass.assert_matrix_instruction(compiled, wanted)
     assert "cp.async.bulk.tensor" in compiled.ptx
     assert used["UTMALDG"] >= 2, used

@@ -14,7 +14,7 @@ from mokernels.ops.config_limits import config_ok
 from mokernels.ops.configs import GemmConfig, Kind, choose
 from mokernels.ops.launch import gemm
 from mokernels.ops.launch.persistent import tile_by_tma, tma_reads
-from mokernels.ops.target import SM_89, SM_90, SM_100, Target
+from mokernels.ops.target import SM_89, SM_90, SM_100, SM_120, Target
 from tests.kernels.products import BF16, FP8, FP16, FP32, TARGETS, Draw, assert_product
 from tests.support import interpreted_dots
 from tests.support.compare import assert_same_bits
@@ -224,7 +224,8 @@ def test_tma_wants_aligned_addresses(device):
         (SM_90, MANY - 1, 4096, "gemm_epilogue"),
         (SM_90, MANY, 4100, "gemm_epilogue"),
         (SM_90, MANY, 0, "gemm_epilogue"),
-        (SM_100, MANY, 4096, "gemm_epilogue"),
+        (SM_100, MANY, 4096, "gemm_persistent"),
+        (SM_120, MANY, 4096, "gemm_epilogue"),
         (SM_89, MANY, 4096, "gemm_epilogue"),
     ],
 )

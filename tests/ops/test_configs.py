@@ -303,10 +303,10 @@ def test_what_takes_the_place_of_tma_adds_in_its_order(choice, m, n, k, count, i
     assert config == other or (config.tma and m > 256 and config.split is None)
 
 
-def test_many_rows_go_by_tma_on_hopper():
+def test_many_rows_go_by_tma_on_hopper_and_blackwell():
     kinds = (Kind.FP8, Kind.FP8_FAST, *DECODED_FIRST)
     for target, kind in CHOICES:
-        wanted = target is SM_90 and kind in kinds
+        wanted = target in (SM_90, SM_100) and kind in kinds
         for m in (512, 2048):
             assert choose(kind, m, 28672, 4096, target).tma == wanted, (target.name, kind)
         assert not choose(kind, 256, 28672, 4096, target).tma

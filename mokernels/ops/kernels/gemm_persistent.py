@@ -94,7 +94,6 @@ def gemm_persistent(
     for tile in tl.range(tl.program_id(0), tiles, PROGRAMS, flatten=True):
         tile_m, tile_n = tile_at(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
         rm = indices(tile_m, BLOCK_M)
-        rn = indices(tile_n, BLOCK_N)
         bx_rows, bw = None, None
         if block_scale_x is not None:
             bx_rows = block_scale_x + rm.to(tl.int64) * stride_bx
@@ -104,6 +103,14 @@ def gemm_persistent(
             x, w, bx_rows, bw, tile_m * BLOCK_M, tile_n * BLOCK_N, rm < M, K,
             PROMOTE, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
+        # By halves, since a whole tile's addresses have no registers beside its sums.
+        HALF: tl.constexpr = BLOCK_N // 2
+        left, right = acc.reshape(BLOCK_M, 2, HALF).trans(0, 2, 1).split()
+        columns = tile_n * BLOCK_N + tl.arange(0, HALF)
         store_output(
-            acc, rm, rn, M, N, scale_x, stride_sx, scale_w, stride_sw, bias, out, stride_out
+            left, rm, columns, M, N, scale_x, stride_sx, scale_w, stride_sw, bias, out, stride_out
+        )
+        columns += HALF
+        store_output(
+            right, rm, columns, M, N, scale_x, stride_sx, scale_w, stride_sw, bias, out, stride_out
         )
