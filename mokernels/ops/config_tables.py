@@ -304,7 +304,13 @@ _TCGEN05: Mapping[Kind, Rows] = MappingProxyType(
             _row(64, 64, 128, 256, 8, 3, swap=True),
             _row(ANY_M, 128, 128, 256, 8, 3),
         ),
-        Kind.MXFP8: (*_TCGEN05_FEW, _row(ANY_M, 128, 128, 128, 8, 3)),
+        # A step's 512 exponents of 128 rows are four for each of 128 threads, as few as a copy to
+        # shared memory takes; of more threads they would be waited for.
+        Kind.MXFP8: (
+            *_TCGEN05_FEW[:2],
+            _row(64, 64, 128, 128, 4, 4, swap=True),
+            _row(ANY_M, 128, 128, 128, 4, 4),
+        ),
     }
 )
 
@@ -355,6 +361,7 @@ _SERIAL_BUCKETS: Mapping[tuple[Table, Kind], int] = MappingProxyType(
         ("mma_scaled", Kind.NVFP4): 64,
         ("mma_scaled", Kind.MXFP8): 64,
         ("wgmma", Kind.FP8_FAST): 512,
+        ("tcgen05", Kind.MXFP8): 64,
     }
 )
 
