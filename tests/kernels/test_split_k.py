@@ -129,6 +129,7 @@ ROWS = {
     **dict.fromkeys(GEMVS, (1,)),
     "gemm_quantizing": (1, 16),
     "gemm_epilogue": (1, 2, 17, 64),
+    "gemm_native": (1, 17),
 }
 FAMILIES_AND_ROWS = [(name, m) for name in FAMILIES for m in ROWS.get(name, (1, 33))]
 

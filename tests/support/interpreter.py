@@ -30,7 +30,8 @@ The dot adds in the order of numpy's BLAS, in fp32. It is therefore closer to th
 some GPUs are; take no tolerance for a GPU from it.
 
 It also patches the language once for each function of a launch, where the interpreter does so at
-every call of one: kernels made of small functions run a third faster.
+every call of one, and makes the type of a value once for each shape (interpreted_types): the tests
+of kernels take half the time.
 
 This patches private names. ``install`` fails with a list of what a new Triton no longer has, and
 ``tests/kernels/test_interpreter.py`` checks the behaviour on every bf16 value.
@@ -47,6 +48,7 @@ import numpy as np
 from tests.support.interpreted_dots import create_dot, create_dot_scaled, create_inline_asm
 from tests.support.interpreted_numbers import FP8, KEPT_AS_BITS, encode, name_of, values_of
 from tests.support.interpreted_ptx import register_kernels
+from tests.support.interpreted_types import make_types_once
 
 _PATCHED_METHODS = (
     "binary_op",
@@ -92,6 +94,7 @@ def install() -> None:
     _repair_indices(interpreter)
     _repair_constants(tl.constexpr)
     _patch_once_per_launch(interpreter)
+    make_types_once(interpreter, tl)
     _repair_dot_scaled_of_3_6()
     _forget_the_device()
 
@@ -110,6 +113,7 @@ def _require(interpreter: Any) -> None:
         "InterpretedFunction",
         "ReduceScanOpInterface",
         "_LangPatchScope",
+        "_get_np_dtype",
         "_implicit_cvt",
         "_patch_lang",
         "_patch_lang_tensor",
