@@ -268,8 +268,7 @@ def plan_nvfp4_gemm(
     without their global scale, which is exact.
     """
     if not target.has_nvfp4_dot:
-        one = global_scale_a.new_ones(())
-        x, decode = plan_dequantize_nvfp4(a, scale_a, one, "bfloat16", target=target)
+        x, decode = plan_dequantize_nvfp4(a, scale_a, None, "bfloat16", target=target)
         out, launches = plan_nvfp4_decode(
             x,
             b,

@@ -204,9 +204,9 @@ def plan_dequantize_fp8(codes: Tensor, scale: Tensor, out_dtype: str, *, target:
 
 
 def plan_dequantize_nvfp4(
-    codes: Tensor, scale: Tensor, global_scale: Tensor, out_dtype: str, *, target: Target
+    codes: Tensor, scale: Tensor, global_scale: Tensor | None, out_dtype: str, *, target: Target
 ) -> Planned:
-    """Values [..., K] of packed codes [..., K / 2]; one launch."""
+    """Values [..., K] of packed codes [..., K / 2], without a global scale if None; one launch."""
     packed = rows_of(codes)
     rows = packed._replace(k=2 * packed.k)
     out = codes.new_empty((*codes.shape[:-1], rows.k), dtype=OUT_DTYPES[out_dtype])
