@@ -86,7 +86,7 @@ def replays(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         monkeypatch.setattr(plan, "launch", launch_interpreted)
         monkeypatch.setattr(direct, "find", find)
         monkeypatch.setattr(direct, "launch_compiled", interpret)
-        monkeypatch.setattr(direct, "are_watched", lambda kernels: False)
+        monkeypatch.setattr(direct, "go_through_triton", lambda kernels: False)
         monkeypatch.setattr(direct, "current_device", lambda: -1)  # as a tensor's of the CPU
         monkeypatch.setattr(direct, "current_stream", lambda device: 0)
     return followed
@@ -271,7 +271,7 @@ def test_another_configuration_is_planned(product, x):
 def test_what_is_watched_is_planned(product, x, monkeypatch):
     assert product(x)
     with monkeypatch.context() as patch:
-        patch.setattr(direct, "are_watched", lambda kernels: True)
+        patch.setattr(direct, "go_through_triton", lambda kernels: True)
         assert product(x)
         assert product(x[:2])
     assert not product(x)

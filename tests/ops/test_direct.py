@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from mokernels.errors import ArgumentError
+from mokernels.settings import remembers_launches
 from tests.support.stub_driver import why_not
 
 ROOT = Path(__file__).parents[2]
@@ -51,6 +53,7 @@ def test_what_was_launched_before_is_not_searched_again(found):
         ("other warps", 1),
         ("watched", 1),
         ("hooked", 1),
+        ("told not to", 1),
         ("no longer watched", 0),
     ],
 )
@@ -72,7 +75,24 @@ def test_replayed_calls_launch_what_planned_ones_do(found):
 
 
 def test_registered_operators_are_replayed_without_being_checked(found):
-    assert found["operators"] == {"fp8_linear": [1, 2], "rms_norm_quantize": [1, 2]}
+    # And checked again where the environment says that nothing is to be remembered.
+    assert found["operators"] == {"fp8_linear": [1, 2, 2, 3], "rms_norm_quantize": [1, 2, 2, 3]}
+
+
+@pytest.mark.parametrize(("given", "remembers"), [("0", False), ("1", True), ("", True)])
+def test_the_environment_says_whether_launches_are_remembered(monkeypatch, given, remembers):
+    monkeypatch.setenv("MOKERNELS_REMEMBER_LAUNCHES", given)
+    assert remembers_launches() == remembers
+
+
+def test_what_the_environment_cannot_say(monkeypatch):
+    monkeypatch.setenv("MOKERNELS_REMEMBER_LAUNCHES", "no")
+    with pytest.raises(ArgumentError) as caught:
+        remembers_launches()
+    assert str(caught.value) == (
+        "The environment variable MOKERNELS_REMEMBER_LAUNCHES is 'no', wanted 1 to remember how a "
+        "call was launched, or 0 to plan every call anew. Unset, it is 1."
+    )
 
 
 def test_launches_are_not_remembered_without_end(found):

@@ -110,7 +110,10 @@ def replayed(stub: Stub) -> dict[str, Any]:
 
 
 def operators(stub: Stub) -> dict[str, Any]:
-    """How often registered operators check their arguments, and launch, in two calls."""
+    """How often registered operators have checked their arguments and launched.
+
+    After two calls, and after one more in which the environment says not to remember.
+    """
     x, weight = torch.zeros(2, K, dtype=torch.bfloat16), torch.ones(K)
     codes, one = torch.zeros(N, K, dtype=torch.float8_e4m3fn), torch.ones(())
     found = {}
@@ -128,7 +131,10 @@ def operators(stub: Stub) -> dict[str, Any]:
         ):
             operator(*args)
             operator(*args)
-        found[name[0]] = [check.call_count, stub.count - before]
+            counts = [check.call_count, stub.count - before]
+            with mock.patch.object(direct, "REMEMBERS", False):
+                operator(*args)
+        found[name[0]] = [*counts, check.call_count, stub.count - before]
     return found
 
 
@@ -181,6 +187,8 @@ def other_ways(launched: Launched) -> dict[str, Any]:
         found["watched"] = launched(launch)["long"]
     with mock.patch.object(launch.kernel, "pre_run_hooks", [lambda *_, **__: None]):
         found["hooked"] = launched(launch)["long"]
+    with mock.patch.object(direct, "REMEMBERS", False):
+        found["told not to"] = launched(launch)["long"]
     found["no longer watched"] = launched(launch)["long"]
     with mock.patch.object(direct, "MOST", 1):
         launched(*_with_16_bits(15))

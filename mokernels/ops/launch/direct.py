@@ -8,9 +8,9 @@ themselves, not whether they are 1 or divisible by 16).
 
 What is launched, and how, is Triton's own call with the same arguments, to the byte
 (tests/ops/test_direct.py). Whatever is not covered goes the long way: the interpreter, descriptors
-of TMA, addresses that are not divisible by 16, devices other than CUDA's, and a process in which
-somebody watches launches by Triton's hooks. Triton's settings for compiling (``TRITON_DEBUG``) are
-those of a kernel's first launch, and are not looked at again.
+of TMA, addresses that are not divisible by 16, devices other than CUDA's, a process in which
+somebody watches launches by Triton's hooks, and one whose environment says so. Triton's settings
+for compiling (``TRITON_DEBUG``) are those of a kernel's first launch, and are not looked at again.
 """
 
 from __future__ import annotations
@@ -23,6 +23,10 @@ from triton import knobs
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from mokernels.settings import remembers_launches
+
+REMEMBERS = remembers_launches()
+"""Whether launches may be remembered in this process."""
 MOST = 4096
 """Launches that are remembered. The number of rows is part of what tells them apart, and prompts
 have any; beyond this many all are forgotten, which costs each one long launch."""
@@ -49,7 +53,7 @@ def launch(
         options: how to compile and launch, by Triton's names.
     """
     key = _key(kernel, args, constants, options)
-    if key is None or are_watched((kernel,)):
+    if key is None or go_through_triton((kernel,)):
         kernel[grid](*args, **constants, **options)
         return
     found = _FOUND.get(key)
@@ -78,9 +82,13 @@ def find(
     return None if key is None else _FOUND.get(key)
 
 
-def are_watched(kernels: Iterable[Any]) -> bool:
-    """Whether somebody wants to see launches, of all kernels or of one of these."""
-    return _all_are_watched() or any(kernel.pre_run_hooks for kernel in kernels)
+def go_through_triton(kernels: Iterable[Any]) -> bool:
+    """Whether launches have to, of all kernels or of one of these.
+
+    Somebody wants to see them, or the environment says so.
+    """
+    hooked = any(kernel.pre_run_hooks for kernel in kernels)
+    return hooked or not REMEMBERS or _all_go_through_triton()
 
 
 def current_device() -> int:
@@ -126,7 +134,7 @@ def _describe(args: tuple[Any, ...], told: list[Any]) -> int:
     return addresses
 
 
-def _all_are_watched() -> bool:
+def _all_go_through_triton() -> bool:
     """Whether somebody wants to see every launch, or what is compiled."""
     runtime = knobs.runtime
     return bool(

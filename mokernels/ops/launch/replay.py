@@ -168,9 +168,9 @@ class Replayed:
             return self._call(*args, **options)
         key = _key(args, device)
         recipe = self._recipes.get(key, _UNKNOWN)
-        if recipe is _UNKNOWN and not direct.are_watched(()):
+        if recipe is _UNKNOWN and not direct.go_through_triton(()):
             return self._record(key, args)
-        if not recipe or direct.are_watched(recipe.kernels):
+        if not recipe or direct.go_through_triton(recipe.kernels):
             return self._call(*args)
         return recipe(args, direct.current_stream(device))
 
