@@ -81,8 +81,14 @@ def shared_bytes(config: GemmConfig, kind: Kind, target: Target) -> int:
 
 
 def _goes_by_tma(config: GemmConfig, kind: Kind, target: Target) -> bool:
-    """Whether the persistent kernel has the product, and TMA the blocks (256 items at most)."""
+    """Whether the persistent kernel has the product, and TMA the blocks (256 items at most).
+
+    Block scales that the matrix unit applies it only loads in the order in which 128 rows are
+    copied.
+    """
     has_kernel = kind in (Kind.FP8, Kind.FP8_FAST, Kind.FP8_BLOCK, *DECODED_FIRST)
+    if kind in (Kind.NVFP4, Kind.MXFP8):
+        has_kernel = target.copies_scales and min(config.block_m, config.block_n) >= 128
     blocks = max(config.block_m, config.block_n, config.block_k) <= 256 and config.block_k >= 16
     return target.has_tma and has_kernel and blocks and not config.swap and config.split is None
 

@@ -169,9 +169,15 @@ def _row(
 
 
 def _by_tma(
-    end: int, m: int, n: int, stages: int, promote: int | None = None, k: int = 128
+    end: int,
+    m: int,
+    n: int,
+    stages: int,
+    promote: int | None = None,
+    k: int = 128,
+    warps: int = 8,
 ) -> tuple[int, GemmConfig]:
-    return end, GemmConfig(m, n, k, 8, stages, promote=promote, tma=True)
+    return end, GemmConfig(m, n, k, warps, stages, promote=promote, tma=True)
 
 
 def _promoted(rows: Rows) -> Rows:
@@ -386,6 +392,15 @@ _BY_TMA: Mapping[tuple[Table, Kind], Rows] = MappingProxyType(
         ("wgmma", Kind.HALF_NVFP4): _DECODED,
         ("wgmma", Kind.HALF_MXFP8): _DECODED,
         ("tcgen05", Kind.FP8): (_by_tma(512, 128, 128, 4), _by_tma(ANY_M, 128, 256, 4)),
+        # Scales of 256 rows would go through registers.
+        ("tcgen05", Kind.NVFP4): (
+            _by_tma(512, 128, 128, 4, k=256),
+            _by_tma(ANY_M, 128, 128, 4, k=256),
+        ),
+        ("tcgen05", Kind.MXFP8): (
+            _by_tma(512, 128, 128, 4, warps=4),
+            _by_tma(ANY_M, 128, 128, 4, warps=4),
+        ),
         ("tcgen05", Kind.HALF_NVFP4): _DECODED,
         ("tcgen05", Kind.HALF_MXFP8): _DECODED,
     }

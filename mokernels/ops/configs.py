@@ -23,9 +23,9 @@ of K that suits it. Inside :func:`mokernels.batch_invariant` they are not, and `
 of one row for every M. Many rows then add their parts of K ``serial``, to the same bits: a
 workspace of partial sums would grow with M.
 
-Many rows of FP8 by FP8 are multiplied by TMA, if K is not split. Whether TMA can read the operands
-depends on addresses and strides, which may not change a bit: :func:`choose_without_tma` returns
-what takes its place, with the same order.
+Many rows of codes by codes are multiplied by TMA, if K is not split. Whether TMA can read the
+operands depends on addresses and strides, which may not change a bit: :func:`choose_without_tma`
+returns what takes its place, with the same order.
 
 Many rows by an NVFP4 or MXFP8 weight that the target's matrix units cannot scale go by TMA too,
 once the weight is decoded (``decodes_first``), if there are tiles enough for half of the

@@ -19,7 +19,18 @@ from mokernels.ops.configs import GemmConfig, Kind, all_configs
 from mokernels.ops.launch import decode, gemm
 from mokernels.ops.launch.plan import Launch
 from mokernels.ops.target import CUDA_TARGETS, SM_90, SM_100, Target
-from tests.aot.test_gemm import BF16, FP8, FP32, PLANS, GemmCase, additions_of, empty, only
+from tests.aot.test_gemm import (
+    BF16,
+    FP8,
+    FP32,
+    PLANS,
+    U8,
+    GemmCase,
+    additions_of,
+    assert_scales_are_copied,
+    empty,
+    only,
+)
 from tests.support import sass
 from tests.support.aot import Compiled, compile_launch
 
@@ -43,12 +54,15 @@ POSSIBLE = [
     (SM_100, Kind.FP8_BLOCK, SQUARE),
 ]
 OF_FP8 = {SM_90: "QGMMA", SM_100: "UTCQMMA"}
+SCALED_BY_THE_UNIT = (Kind.NVFP4, Kind.MXFP8)
 OF_16_BITS = {SM_90: "HGMMA", SM_100: "UTCHMMA"}
 
 
 def launch_of(target: Target, kind: Kind, config: GemmConfig, n: int, out: torch.dtype) -> Launch:
     if kind in DECODED_FIRST:
         return decoded_launch(target, kind, config, n, out)
+    if kind in SCALED_BY_THE_UNIT:
+        return scaled_launch(target, kind, config, n, out)
     a, b = empty(2048, K, dtype=FP8), empty(n, K, dtype=FP8)
     scales, bias = (empty(2048), empty(n)), empty(n, dtype=BF16)
     if kind is Kind.FP8_BLOCK:
@@ -73,6 +87,22 @@ def decoded_launch(
             # Without scales nothing would take the bias into a multiply-add.
             planned = decode.plan_mxfp8_decode(x, *weight, None, out, target=target)
     return only(planned, "gemm_persistent")
+
+
+def scaled_launch(
+    target: Target, kind: Kind, config: GemmConfig, n: int, out: torch.dtype
+) -> Launch:
+    with patch.object(gemm, "choose", lambda *_: config):
+        if kind is Kind.NVFP4:
+            codes = (empty(2048, K // 2, dtype=U8), empty(n, K // 2, dtype=U8))
+            scales = (empty(2048, K // 16, dtype=FP8), empty(n, K // 16, dtype=FP8))
+            given = (*codes, *scales, empty(), empty(n), empty(n, dtype=BF16), out)
+            return only(gemm.plan_nvfp4_gemm(*given, target=target), "gemm_persistent")
+        codes = (empty(2048, K, dtype=FP8), empty(n, K, dtype=FP8))
+        scales = (empty(2048, K // 32, dtype=U8), empty(n, K // 32, dtype=U8))
+        # Without scales nothing would take the bias into a multiply-add.
+        planned = gemm.plan_mxfp8_gemm(*codes, *scales, None, out, target=target)
+        return only(planned, "gemm_persistent")
 
 
 def cases() -> Iterator[GemmCase]:
@@ -104,12 +134,16 @@ def test_main_loop(case: GemmCase, compiled: Compiled):
     assert compiled.name == "gemm_persistent"
     loop = sass.main_loop(compiled)
     used = sass.count(loop)
-    decoded = case.kind in DECODED_FIRST
-    wanted = (OF_16_BITS if decoded else OF_FP8)[case.target]
+    scaled = case.kind in SCALED_BY_THE_UNIT
+    if scaled:
+        wanted = "UTCQMMA" if case.kind is Kind.MXFP8 else "UTCOMMA"
+        assert_scales_are_copied(case, compiled, loop)
+    else:
+        wanted = (OF_16_BITS if case.kind in DECODED_FIRST else OF_FP8)[case.target]
     sass.assert_matrix_instruction(compiled, wanted)
     assert "cp.async.bulk.tensor" in compiled.ptx
     assert used["UTMALDG"] >= 2, used
-    assert not used["LDGSTS"], used
+    assert bool(used["LDGSTS"]) == scaled, used
     sass.assert_no_spills(compiled)
     sass.assert_fits(compiled)
     config = case.config

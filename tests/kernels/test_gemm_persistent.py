@@ -1,4 +1,4 @@
-"""FP8 products by TMA: right, and the bits of the kernels that load from pointers."""
+"""Products of codes by TMA: right, and the bits of the kernels that load from pointers."""
 
 from __future__ import annotations
 
@@ -109,6 +109,41 @@ def test_many_rows(device, target, dtype, fast):
     planned = gemm.plan_fp8_gemm(a, c, scale_a, scale_b, bias, dtype, fast, target=few)
     assert kernels_of(planned) == ["gemm_epilogue"]
     assert_same_bits(gemm.run(planned), y)
+
+
+@pytest.mark.parametrize("shape", [(130, 129, 256), (1, 300, 160), (257, 128, 608)], ids=str)
+@pytest.mark.parametrize("kind", [Kind.NVFP4, Kind.MXFP8], ids=lambda kind: kind.value)
+@pytest.mark.parametrize(
+    "target", [t for t in WITH_TMA if t.copies_scales], ids=lambda target: target.name
+)
+def test_block_scales_that_the_matrix_unit_applies(device, target, kind, shape, monkeypatch):
+    few, results = replace(target, processors=2), []
+    for tma in (True, False):
+        by(monkeypatch, replace(choose(kind, MANY, *shape[1:], few), tma=tma))
+        planned, operands, bias = scaled_product(Draw(device, 7), kind, *shape, few)
+        assert kernels_of(planned) == ["gemm_persistent" if tma else "gemm_native"]
+        results.append(gemm.run(planned))
+    assert_same_bits(*results)
+    assert_product(results[0], *operands, bias, FP32)
+
+
+def scaled_product(
+    draw: Draw, kind: Kind, m: int, n: int, k: int, target: Target
+) -> tuple[gemm.Planned, list[torch.Tensor], torch.Tensor | None]:
+    """What is planned, its decoded operands, and its bias."""
+    bias = draw.bias(n, FP32)
+    if kind is Kind.MXFP8:
+        codes = (draw.e4m3(m, k), draw.e4m3(n, k))
+        scales = (draw.exponents(m, k // 32), draw.exponents(n, k // 32))
+        decoded = map(numerics.dequantize_mxfp8, codes, scales)
+        planned = gemm.plan_mxfp8_gemm(*codes, *scales, bias, FP32, target=target)
+    else:
+        codes = (draw.packed(m, k // 2), draw.packed(n, k // 2))
+        scales = (draw.block_scale(m, k // 16), draw.block_scale(n, k // 16))
+        globals_ = (draw.scale(), draw.scale())
+        decoded = map(numerics.dequantize_nvfp4, codes, scales, globals_)
+        planned = gemm.plan_nvfp4_gemm(*codes, *scales, *globals_, bias, FP32, target=target)
+    return planned, list(decoded), bias
 
 
 @every_target

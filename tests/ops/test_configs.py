@@ -304,9 +304,12 @@ def test_what_takes_the_place_of_tma_adds_in_its_order(choice, m, n, k, count, i
 
 
 def test_many_rows_go_by_tma_on_hopper_and_blackwell():
-    kinds = (Kind.FP8, Kind.FP8_FAST, *DECODED_FIRST)
+    kinds = {
+        SM_90: (Kind.FP8, Kind.FP8_FAST, *DECODED_FIRST),
+        SM_100: (Kind.FP8, Kind.NVFP4, Kind.MXFP8, *DECODED_FIRST),
+    }
     for target, kind in CHOICES:
-        wanted = target in (SM_90, SM_100) and kind in kinds
+        wanted = kind in kinds.get(target, ())
         for m in (512, 2048):
             assert choose(kind, m, 28672, 4096, target).tma == wanted, (target.name, kind)
         assert not choose(kind, 256, 28672, 4096, target).tma

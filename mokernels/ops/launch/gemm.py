@@ -10,7 +10,7 @@ as are activations whose leading dimensions cannot be seen as one.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import triton.language as tl
@@ -378,7 +378,11 @@ def _plan_native(
     pointers = (x, w, scale_x, scale_w)
     strides = tuple(pointer.stride(0) for pointer in pointers)
     config = choose(kind, *sizes, target, plan_n, invariant)
-    element = "e2m1" if kind is Kind.NVFP4 else "e4m3"
+    if config.tma and not (tma_reads(x, target) and tma_reads(w, target)):
+        config = choose_without_tma(kind, *sizes, target, plan_n, invariant)
+    element: Literal["e2m1", "e4m3"] = "e2m1" if kind is Kind.NVFP4 else "e4m3"
     operands = Operands(pointers, strides, sizes)
+    if config.tma:
+        return plan_persistent(operands, ending, config, target, element)
     constants = {"ELEMENT": element, "IN_ORDER": target.copies_scales}
     return plan_product(gemm_native, operands, ending, config, **constants)

@@ -1,10 +1,13 @@
 """Launches of products whose operands come by TMA: which can, in what tiles, and how.
 
 TMA (tensor memory accelerator) copies blocks of a matrix to shared memory by a descriptor of it.
-FP8 that it cannot describe is multiplied by the kernels that load from pointers, to the same bits.
+Codes that it cannot describe are multiplied by the kernels that load from pointers, to the same
+bits.
 """
 
 from __future__ import annotations
+
+from typing import Literal
 
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -67,7 +70,11 @@ def tile_by_tma(config: GemmConfig, m: int, n: int, item: int, target: Target) -
 
 
 def plan_persistent(
-    operands: Operands, ending: Ending, config: GemmConfig, target: Target
+    operands: Operands,
+    ending: Ending,
+    config: GemmConfig,
+    target: Target,
+    element: Literal["e2m1", "e4m3"] | None = None,
 ) -> tuple[Launch, ...]:
     """The launch of one product, of operands of one dtype, whose configuration says ``tma``.
 
@@ -79,15 +86,17 @@ def plan_persistent(
         ending: what to do with the sums, and where to put them; out may be columns of a matrix.
         config: tile and pipeline; it does not split K.
         target: as many programs as it has processors share the tiles.
+        element: of operands whose block scales the matrix unit applies.
     """
     x, w, *block_scales = operands.pointers
-    m, n, _ = operands.sizes
+    m, n, k = operands.sizes
+    columns = config.block_k // (2 if element == "e2m1" else 1)
     assert x is not None
     assert w is not None
     config = tile_by_tma(config, m, n, ending.out.element_size(), target)
     arguments = (
-        _descriptor(x, config.block_m, config.block_k),
-        _descriptor(w, config.block_n, config.block_k),
+        _descriptor(x, config.block_m, columns),
+        _descriptor(w, config.block_n, columns),
         *block_scales,
         *ending.pointers,
         *operands.sizes,
@@ -97,6 +106,9 @@ def plan_persistent(
     )
     constants = {
         "PROGRAMS": target.processors,
+        "ELEMENT": element,
+        # Without scales nothing has to look where K ends: TMA reads 0 there.
+        "EVEN_K": element is None or k % config.block_k == 0,
         "PROMOTE": config.promote,
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
