@@ -28,7 +28,8 @@ from functools import cache
 from itertools import product
 
 from mokernels.ops.config_limits import config_ok, is_narrow, narrowed
-from mokernels.ops.config_tables import GemmConfig, decodes_first, generation
+from mokernels.ops.config_tables import generation
+from mokernels.ops.gemm_config import GemmConfig, decodes_first
 from mokernels.ops.kinds import GEMVS, Kind
 from mokernels.ops.target import Target
 

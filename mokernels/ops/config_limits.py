@@ -5,13 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from mokernels.formats import FP8_BLOCK
-from mokernels.ops.config_tables import (
-    ANY_M,
-    DECODED_FIRST,
-    GemmConfig,
-    decodes_first,
-    generation,
-)
+from mokernels.ops.config_tables import ANY_M, generation
+from mokernels.ops.gemm_config import DECODED_FIRST, GemmConfig, decodes_first
 from mokernels.ops.kinds import GEMVS, Kind
 from mokernels.ops.quantizing import E4M3_GEMV_GROUP, GEMV_GROUP
 from mokernels.ops.target import Target

@@ -42,16 +42,8 @@ from dataclasses import replace
 from functools import cache
 from itertools import product
 
-from mokernels.ops.config_tables import (
-    ANY_M,
-    DECODED_FIRST,
-    GemmConfig,
-    ceil_div,
-    decodes_first,
-    generation,
-    rows_of,
-    serial_bucket,
-)
+from mokernels.ops.config_tables import ANY_M, generation, rows_of, serial_bucket
+from mokernels.ops.gemm_config import DECODED_FIRST, GemmConfig, ceil_div, decodes_first
 from mokernels.ops.kinds import GEMVS, Kind
 from mokernels.ops.target import Target
 

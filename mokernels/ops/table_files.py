@@ -26,7 +26,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mokernels.errors import MokernelsError
-from mokernels.ops.config_tables import ANY_M, GemmConfig
+from mokernels.ops.config_tables import ANY_M
+from mokernels.ops.gemm_config import GemmConfig
 from mokernels.ops.kinds import Kind
 
 SCHEMA = 1

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from mokernels.ops import configs
 from mokernels.ops.candidates import FREE_FIELDS, objection
-from mokernels.ops.config_tables import GemmConfig
+from mokernels.ops.gemm_config import GemmConfig
 from mokernels.ops.kinds import Kind
 from mokernels.ops.table_files import Key, Table, TableError, file_name, read_table
 from mokernels.ops.target import Target

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mokernels.errors import BackendError
-from mokernels.ops.config_tables import GemmConfig
+from mokernels.ops.gemm_config import GemmConfig
 from mokernels.ops.target import Target, target_of
 from mokernels.ops.tuned import forced
 from mokernels.tuning.operands import draw_activations, draw_weight

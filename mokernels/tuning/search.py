@@ -11,7 +11,8 @@ from torch import Tensor
 
 from mokernels.ops import configs
 from mokernels.ops.candidates import candidates_of
-from mokernels.ops.config_tables import ANY_M, GemmConfig
+from mokernels.ops.config_tables import ANY_M
+from mokernels.ops.gemm_config import GemmConfig
 from mokernels.ops.layer_kinds import kind_of_layer
 from mokernels.ops.table_files import Key, Winner
 from mokernels.ops.target import Target

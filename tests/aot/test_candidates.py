@@ -12,8 +12,8 @@ import pytest
 from mokernels.ops import tuned
 from mokernels.ops.candidates import candidates_of, objection
 from mokernels.ops.config_limits import shared_bytes
-from mokernels.ops.config_tables import GemmConfig
 from mokernels.ops.configs import Kind, all_configs, bucket, choose
+from mokernels.ops.gemm_config import GemmConfig
 from mokernels.ops.launch.plan import Launch
 from mokernels.ops.table_files import Key
 from mokernels.ops.target import CUDA_TARGETS, SM_90, Target

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from mokernels.ops.config_limits import config_ok, shared_bytes
-from mokernels.ops.config_tables import DECODED_FIRST
 from mokernels.ops.configs import GemmConfig, Kind, all_configs
+from mokernels.ops.gemm_config import DECODED_FIRST
 from mokernels.ops.launch import decode, gemm
 from mokernels.ops.launch.plan import Launch
 from mokernels.ops.target import CUDA_TARGETS, SM_90, SM_100, Target

@@ -10,7 +10,7 @@ from unittest.mock import patch
 
 import pytest
 
-from mokernels.ops import config_tables
+from mokernels.ops import gemm_config
 from mokernels.ops.launch.plan import Launch
 from mokernels.ops.target import CUDA_TARGETS, HIP_TARGETS, Target
 from tests.aot import test_gemm, test_gemm_quantizing, test_gemv, test_gemv_e4m3
@@ -85,7 +85,7 @@ def reduce_cases() -> Iterator[Case]:
 
 
 def second_launch(target: Target) -> Launch:
-    with patch.object(config_tables, "LAST_PROGRAM_BYTES", 0):
+    with patch.object(gemm_config, "LAST_PROGRAM_BYTES", 0):
         return test_gemm.only(test_gemm.fp8(64, 1024, target), "reduce")
 
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from mokernels.formats import FORMATS, Activation
-from mokernels.ops.config_tables import GemmConfig
 from mokernels.ops.configs import ANY_M, M_BUCKETS, bucket
+from mokernels.ops.gemm_config import GemmConfig
 from mokernels.ops.layer_kinds import kind_of_layer
 from mokernels.ops.target import SM_80, SM_89, SM_90, SM_100, Target, target_of
 from mokernels.tuning import Job, Product, jobs_for, search

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from mokernels import numerics
 from mokernels.invariance import batch_invariant
 from mokernels.ops import launch
-from mokernels.ops.config_tables import ANY_M, GemmConfig
+from mokernels.ops.config_tables import ANY_M
 from mokernels.ops.configs import Kind, choose
+from mokernels.ops.gemm_config import GemmConfig
 from mokernels.ops.launch import decode, decoded
 from mokernels.ops.launch.decoded import ROWS_OF_PART, WORKSPACE_BYTES, parts_of
 from mokernels.ops.launch.linear import plan_mxfp8_linear, plan_nvfp4_linear

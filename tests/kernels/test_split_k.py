@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mokernels.ops import config_tables
+from mokernels.ops import gemm_config
 from mokernels.ops.configs import choose
 from mokernels.ops.launch import decode, gemm, gemv, linear, quantizing
 from mokernels.ops.launch.plan import run
@@ -107,7 +107,7 @@ def product(device: torch.device, family: str, m: int, n: int = N) -> Planned:
 
 def in_two_launches(monkeypatch, device: torch.device, family: str, m: int, n: int = N) -> Tensor:
     with monkeypatch.context() as patch:
-        patch.setattr(config_tables, "LAST_PROGRAM_BYTES", 0)
+        patch.setattr(gemm_config, "LAST_PROGRAM_BYTES", 0)
         planned = product(device, family, m, n)
     assert [one.kernel.__name__ for one in planned[1]] == [family, "reduce_splits"]
     return run(planned)

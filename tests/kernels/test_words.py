@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import mokernels.numerics as numerics
-from mokernels.ops.config_tables import GemmConfig
 from mokernels.ops.configs import Kind, bucket
+from mokernels.ops.gemm_config import GemmConfig
 from mokernels.ops.launch.decode import plan_nvfp4_decode
 from mokernels.ops.launch.plan import run
 from mokernels.ops.table_files import Key

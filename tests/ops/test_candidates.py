@@ -15,8 +15,8 @@ from mokernels.ops.candidates import (
     objection,
 )
 from mokernels.ops.config_limits import config_ok, narrowed
-from mokernels.ops.config_tables import DECODED_FIRST, GemmConfig
 from mokernels.ops.configs import M_BUCKETS, Kind, all_configs, choose
+from mokernels.ops.gemm_config import DECODED_FIRST, GemmConfig
 from mokernels.ops.kinds import GEMVS
 from mokernels.ops.target import SM_80, SM_90, SM_100
 from tests.ops.test_configs import ANY_M, CHOICES, MATRIX_CHOICES, name

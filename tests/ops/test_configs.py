@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 
 from mokernels.ops.candidates import instruction_rows
 from mokernels.ops.config_limits import config_ok, narrowed, shared_bytes
-from mokernels.ops.config_tables import DECODED_FIRST, LAST_PROGRAM_BYTES, decodes_first
 from mokernels.ops.configs import (
     ANY_M,
     BLOCKS_PER_SPLIT,
@@ -25,6 +24,7 @@ from mokernels.ops.configs import (
     choose_without_tma,
     kind_of_fp8,
 )
+from mokernels.ops.gemm_config import DECODED_FIRST, LAST_PROGRAM_BYTES, decodes_first
 from mokernels.ops.kinds import GEMVS
 from mokernels.ops.target import (
     CUDA_TARGETS,

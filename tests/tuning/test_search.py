@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from mokernels.formats import FORMATS, Activation
-from mokernels.ops.config_tables import ANY_M, GemmConfig
+from mokernels.ops.config_tables import ANY_M
 from mokernels.ops.configs import M_BUCKETS, Kind, choose
+from mokernels.ops.gemm_config import GemmConfig
 from mokernels.ops.target import SM_90
 from mokernels.tuning import Job, Product, jobs_for, search
 

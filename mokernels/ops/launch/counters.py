@@ -25,7 +25,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from mokernels.ops.config_tables import ceil_div
+from mokernels.ops.gemm_config import ceil_div
 
 RESERVED = 1 << 17
 """Counters of a new reserve, of 4 bytes: for the launches of several captured decoding steps."""

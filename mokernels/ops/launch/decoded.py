@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from mokernels.ops.config_tables import GemmConfig, ceil_div
+from mokernels.ops.gemm_config import GemmConfig, ceil_div
 from mokernels.ops.launch.persistent import plan_persistent, tma_reads
 from mokernels.ops.launch.plan import Launch
 from mokernels.ops.launch.product import Ending, Operands

@@ -13,7 +13,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from mokernels.ops.config_limits import is_narrow, narrowed
-from mokernels.ops.config_tables import GemmConfig, ceil_div
+from mokernels.ops.gemm_config import GemmConfig, ceil_div
 from mokernels.ops.kernels.gemm_persistent import gemm_persistent
 from mokernels.ops.launch.plan import Launch
 from mokernels.ops.launch.product import Ending, Operands

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mokernels.ops.config_tables import ceil_div
 from mokernels.ops.configs import REDUCE_COLUMNS, GemmConfig
+from mokernels.ops.gemm_config import ceil_div
 from mokernels.ops.kernels.reduce import reduce_splits
 from mokernels.ops.launch.counters import counters_for
 from mokernels.ops.launch.plan import Launch
