@@ -3,9 +3,10 @@
 A pure function of the closed form's choice (:func:`mokernels.ops.configs.choose`), the kind and the
 target. Candidates keep the order of addition: kernel, matrix instruction, K step, number of partial
 sums, promotion and operand order are those of the closed form. They differ in the size of a tile,
-the number of warps, the depth of the pipeline and the order in which programs walk. None of those
-reaches a sum as long as the matrix instruction stays the same one, which is what
-:func:`objection` sees to for each generation:
+the number of warps, the depth of the pipeline and the order in which programs walk. Codes by codes
+may also come by TMA where the closed form loads them from pointers. None of those reaches a sum as
+long as the matrix instruction stays the same one, which is what :func:`objection` sees to for each
+generation:
 
 - Hopper multiplies by wgmma where the M side of a tile has 64 rows and the warps come in fours; a
   smaller tile goes to mma.sync, an instruction for 16-bit operands.
@@ -15,7 +16,8 @@ reaches a sum as long as the matrix instruction stays the same one, which is wha
 - mma.sync has one shape for a dtype, and fp32 has none: its products are added one by one.
 
 Which operand is the M side changes no order where the instruction is one for both sides; it is kept
-all the same, since on Hopper and Blackwell it decides which tiles have the instruction at all.
+all the same, since on Hopper and Blackwell it decides which tiles have the instruction at all. Only
+by TMA, where x is the M side always, it may change.
 
 GEMVs add their threads' sums at the end, in an order that tile and warps decide: nothing varies.
 """
@@ -36,9 +38,15 @@ from mokernels.ops.target import Target
 MOST_CANDIDATES = 24
 """Most candidates of one choice, the closed form's own included: what compiling them may cost."""
 FREE_FIELDS = ("block_m", "block_n", "num_warps", "num_stages", "group_m")
-"""What candidates may differ in."""
+"""What candidates may differ in, besides ``tma``."""
 FEW_ROWS = 64
 """Up to this bucket a tile has all rows: fewer would read the weight twice, more are padding."""
+MOST_BY_TMA = 8
+"""Most candidates by TMA where the closed form loads from pointers."""
+FEWEST_BY_TMA = 64
+"""From this bucket on: fewer rows may be quantized by the product's own launch, which TMA is not
+for."""
+_CODES_BY_CODES = (Kind.FP8, Kind.FP8_FAST, Kind.FP8_BLOCK, Kind.NVFP4, Kind.MXFP8)
 _SUMS_OF_A_THREAD = 128
 """Most accumulators of a thread in registers; more spill beside the operands."""
 _HALF_OF_THEM = (
@@ -69,7 +77,8 @@ def objection(config: GemmConfig, base: GemmConfig, kind: Kind, target: Target) 
     """
     if config == base:
         return None
-    for name in (field.name for field in fields(GemmConfig) if field.name not in FREE_FIELDS):
+    free = (*FREE_FIELDS, "tma", "swap") if _goes_by_tma(config, base, kind) else FREE_FIELDS
+    for name in (field.name for field in fields(GemmConfig) if field.name not in free):
         found, wanted = getattr(config, name), getattr(base, name)
         if found != wanted:
             return f"its {name} is {found} and the closed form's is {wanted}, so it adds otherwise"
@@ -116,7 +125,15 @@ def _candidates(base: GemmConfig, kind: Kind, target: Target) -> tuple[GemmConfi
         if objection(config, base, kind, target) is None and _keeps_registers(config, kind)
     }
     others = sorted(legal - {base}, key=lambda config: _distance(config, base))
-    return (base, *others[: MOST_CANDIDATES - 1])
+    by_tma = [config for config in others if config.tma != base.tma][:MOST_BY_TMA]
+    others = [config for config in others if config.tma == base.tma]
+    return (base, *others[: MOST_CANDIDATES - 1 - len(by_tma)], *by_tma)
+
+
+def _goes_by_tma(config: GemmConfig, base: GemmConfig, kind: Kind) -> bool:
+    """Whether it is operands by TMA that set a configuration apart from the closed form's."""
+    by_tma = config.tma is True and config.swap is False and not base.tma
+    return by_tma and kind in _CODES_BY_CODES and base.block_m >= FEWEST_BY_TMA
 
 
 def _neighbours(base: GemmConfig) -> Iterator[GemmConfig]:
@@ -129,6 +146,10 @@ def _neighbours(base: GemmConfig) -> Iterator[GemmConfig]:
     groups = (base.group_m,) if few else (base.group_m, 2 * base.group_m)
     for m, n, w, s, g in product(block_m, block_n, warps, stages, groups):
         yield replace(base, block_m=m, block_n=n, num_warps=w, num_stages=s, group_m=g)
+    by_tma = product({64, base.block_m}, (64, 128, 256), (4, 8), (4, 6))
+    for m, n, w, s in by_tma if not base.tma else ():
+        tile = replace(base, block_m=m, block_n=n, num_warps=w, num_stages=s)
+        yield replace(tile, tma=True, swap=False)
 
 
 def _launched(config: GemmConfig) -> tuple[GemmConfig, ...]:

@@ -132,6 +132,8 @@ def _chosen(kind: Kind, rows: int, n: int, k: int, target: Target) -> Choice:
         reason = objection(winner.config, base, kind, target)
         if reason is None:
             free = {name: getattr(winner.config, name) for name in FREE_FIELDS}
+            if winner.config.tma and not base.tma:
+                free |= {"tma": True, "swap": False}
             return Choice(replace(base, **free), str(path))
         _warn_of(path, key, reason)
     return Choice(base)

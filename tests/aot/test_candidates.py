@@ -56,8 +56,9 @@ def candidate_cases() -> Iterator[CandidateCase]:
                     )
 
 
-def tile_of(config: GemmConfig) -> tuple[int, int, int]:
-    return config.block_m, config.block_n, config.num_warps
+def tile_of(config: GemmConfig) -> tuple[int | str, ...]:
+    tile = (config.block_m, config.block_n, config.num_warps)
+    return (*tile, "tma") if config.tma else tile
 
 
 def planned(kind: Kind, m: int, config: GemmConfig, target: Target) -> Launch:

@@ -33,12 +33,15 @@ class Case:
         return f"{self.format}-{self.activation.value}-{rows}-{self.target.name}"
 
 
-# Together they launch every kernel of matrix instructions, split and whole, swapped and not.
+# Together they launch every kernel of matrix instructions, split and whole, swapped and not, and
+# by TMA what the closed form loads from pointers.
 CASES = [
     Case("FP8", Activation.FP8_STATIC, 16, SM_90),
     Case("FP8_PER_CHANNEL_PER_TOKEN", Activation.FP8_PER_TOKEN, 256, SM_89),
     Case("FP8_PER_CHANNEL_PER_TOKEN", Activation.FP8_PER_TOKEN, ANY_M, SM_90),
+    Case("FP8_PER_CHANNEL_PER_TOKEN", Activation.FP8_PER_TOKEN, 256, SM_90),
     Case("FP8_PB_WO", Activation.FP8_BLOCK, 16, SM_90),
+    Case("FP8_PB_WO", Activation.FP8_BLOCK, ANY_M, SM_90),
     Case("FP8_PB_WO", Activation.NONE, 128, SM_80),
     Case("NVFP4", Activation.NVFP4, 16, SM_90),
     Case("NVFP4", Activation.NVFP4, ANY_M, SM_90),
@@ -78,7 +81,7 @@ def different(candidates: tuple[GemmConfig, ...]) -> list[GemmConfig]:
     """Those that the interpreter tells apart: it has neither warps nor a pipeline."""
     if not interpreting():
         return list(candidates)
-    tiles = {(c.block_m, c.block_n, c.group_m): c for c in reversed(candidates)}
+    tiles = {(c.block_m, c.block_n, c.group_m, c.tma): c for c in reversed(candidates)}
     return list(tiles.values())
 
 

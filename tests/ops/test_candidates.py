@@ -36,7 +36,8 @@ def test_candidates_add_in_one_order(target, kind):
     for base, found in cases(kind, target):
         assert found[0] == base
         assert {config.order for config in found} == {base.order}
-        assert {config.swap for config in found} == {base.swap}
+        assert {config.swap for config in found if config.tma == base.tma} == {base.swap}
+        assert not any(config.swap for config in found if config.tma)
         assert {instruction_rows(c, kind, target) for c in found} == {
             instruction_rows(base, kind, target)
         }
@@ -109,6 +110,29 @@ def test_objections_say_why(change, reason):
 def test_instructions(target, first, second, same):
     found = [instruction_rows(config, Kind.HALF_FP8, target) for config in (first, second)]
     assert (found[0] == found[1]) == same
+
+
+def test_codes_may_come_by_tma_instead():
+    tiles = {"tma": True, "swap": False, "block_m": 64, "block_n": 128, "num_warps": 4}
+    for kind in (Kind.FP8, Kind.FP8_BLOCK):
+        base = choose(kind, 64, 28672, 4096, SM_90)
+        assert base.swap
+        assert not base.tma
+        assert replace(base, **tiles) in candidates_of(base, kind, SM_90)
+    for kind, rows, n, change, reason in (
+        # A program that quantizes its own rows does not have them in memory for TMA.
+        (Kind.FP8, 32, 28672, {}, "its swap is False"),
+        (Kind.FP8, 64, 4096, {}, "does not fit sm_90"),  # with K split there is no such kernel
+        (Kind.HALF_FP8, 64, 28672, {}, "its swap is False"),
+        (Kind.FP8, 64, 28672, {"tma": "yes"}, "its swap is False"),
+        (Kind.FP8, 64, 28672, {"swap": True}, "its swap is True"),
+    ):
+        base = choose(kind, rows, n, 4096, SM_90)
+        base = replace(base, swap=not change.get("swap", False))
+        found = objection(replace(base, **{**tiles, **change}), base, kind, SM_90)
+        assert reason in found, (kind, rows, n, change)
+        by_tma = [c for c in candidates_of(base, kind, SM_90) if c.tma]
+        assert bool(by_tma) == bool(change)
 
 
 def test_amd_multiplies_small_sides_by_another_instruction():

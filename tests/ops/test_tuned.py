@@ -235,6 +235,18 @@ def test_only_what_tuning_may_vary_is_taken_from_a_file():
     assert choose().swap is True
 
 
+def test_a_winner_may_have_its_operands_come_by_tma():
+    key = Key(Kind.FP8, 64, 28672, 4096)
+    base = configs.choose(*key, H100)
+    winner = replace(base, block_n=64, num_warps=4, tma=True, swap=False)
+    write_table(tuned.user_file(DEVICE), replace(TABLE, winners={key: Winner(winner, 9.1, 9.9)}))
+    tuned.forget()
+    assert base.swap
+    assert choose(64, key) == winner
+    # Batch invariance asks no file.
+    assert not choose(64, key, invariant=True).tma
+
+
 def test_one_configuration_is_forced_at_a_time():
     with tuned.forced(KEY, FASTER):
         assert choose() == FASTER

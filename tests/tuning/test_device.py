@@ -53,7 +53,9 @@ def test_each_kernel_is_compiled_once(compiled):
     assert bench(MANY).compile(MANY.candidates) == {}
     keys = [launch.variant for launch in compiled]
     assert len(set(keys)) == len(keys)
-    tiles = {(c.block_m, c.block_n, c.num_warps, c.num_stages, c.group_m) for c in MANY.candidates}
+    tiles = {
+        (c.block_m, c.block_n, c.num_warps, c.num_stages, c.group_m, c.tma) for c in MANY.candidates
+    }
     products = [launch for launch in compiled if launch.kernel.__name__.startswith("gemm")]
     assert len(products) == len(tiles)
     # The quantizer before them is the same for all.
