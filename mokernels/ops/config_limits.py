@@ -85,7 +85,9 @@ def _goes_by_tma(config: GemmConfig, kind: Kind, target: Target) -> bool:
     if kind in (Kind.NVFP4, Kind.MXFP8):
         has_kernel = target.copies_scales and min(config.block_m, config.block_n) >= 128
     blocks = max(config.block_m, config.block_n, config.block_k) <= 256 and config.block_k >= 16
-    return target.has_tma and has_kernel and blocks and not config.swap and config.split is None
+    # What is decoded first is stored as columns of a wider result, which parts of K are not.
+    whole = config.split is None or (config.split != "serial" and kind not in DECODED_FIRST)
+    return target.has_tma and has_kernel and blocks and not config.swap and whole
 
 
 def _is_gemv(config: GemmConfig, kind: Kind, target: Target) -> bool:

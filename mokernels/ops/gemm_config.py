@@ -37,7 +37,8 @@ class GemmConfig:
         group_m: row tiles that neighbouring programs walk before the next column.
         split_k: number of partial sums; more than 1 takes a workspace, or ``serial``.
         serial: a program computes all partial sums of its tile, one after the other.
-        tma: operands come by TMA, and programs stay for several tiles; K is not split then.
+        tma: operands come by TMA, and programs stay for several tiles; the closed form never splits
+            K then.
         one_launch: the last program of a tile may add the partial sums.
     """
 

@@ -50,6 +50,10 @@ SQUARE = GemmConfig(128, 128, 128, 8, 4, tma=True)
 POSSIBLE = [
     (SM_90, Kind.FP8_BLOCK, SQUARE),
     (SM_90, Kind.HALF_NVFP4, TALL),
+    # Parts of K, added by the last program and by a second launch.
+    (SM_90, Kind.FP8, GemmConfig(64, 64, 128, 4, 6, promote=128, split_k=2, tma=True)),
+    (SM_90, Kind.FP8, GemmConfig(128, 64, 128, 8, 6, promote=128, split_k=4, tma=True)),
+    (SM_90, Kind.FP8_BLOCK, GemmConfig(64, 64, 128, 4, 4, split_k=2, tma=True)),
     (SM_100, Kind.FP8, SQUARE),
     (SM_100, Kind.FP8_BLOCK, SQUARE),
 ]
@@ -69,8 +73,7 @@ def launch_of(target: Target, kind: Kind, config: GemmConfig, n: int, out: torch
         scales, bias = (empty(2048, K // 128), empty(n // 128, K // 128)), None
     with patch.object(gemm, "choose", lambda *_: config):
         planned = gemm.plan_fp8_gemm(a, b, *scales, bias, out, target=target)
-    (launch,) = planned[1]
-    return launch
+    return only(planned, "gemm_persistent")
 
 
 def decoded_launch(

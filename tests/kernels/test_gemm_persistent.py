@@ -111,6 +111,34 @@ def test_many_rows(device, target, dtype, fast):
     assert_same_bits(gemm.run(planned), y)
 
 
+@pytest.mark.parametrize(("m", "processors"), [(70, 8), (200, 3)])
+@pytest.mark.parametrize("scales", ["token, channel", "blocks"])
+@pytest.mark.parametrize("one_launch", [True, False])
+@pytest.mark.parametrize("target", WITH_TMA[:1], ids=lambda target: target.name)
+def test_parts_of_k(device, target, one_launch, scales, m, processors, monkeypatch):
+    # Tiles for as many programs, and more, of which each takes its part of several.
+    draw, n, k = Draw(device, 8), 130, 656
+    a, b, bias = draw.e4m3(m, k), draw.e4m3(n, k), draw.bias(n, BF16)
+    kinds = SCALES[scales]
+    scale_a, scale_b = scale_of(draw, kinds[0], m, k, 1), scale_of(draw, kinds[1], n, k, 128)
+    results, few = [], replace(target, processors=processors)
+    promote = 128 if target.promotes_accumulator and "blocks" not in kinds else None
+    config = replace(TILE, promote=promote, split_k=3, one_launch=one_launch)
+    assert config.split == ("last" if one_launch else "parts")
+    for tma in (True, False):
+        by(monkeypatch, replace(config, tma=tma))
+        planned = gemm.plan_fp8_gemm(a, b, scale_a, scale_b, bias, FP32, target=few)
+        product, *reduction = kernels_of(planned)
+        assert (product == "gemm_persistent") == tma
+        assert reduction == (
+            [] if planned[1][0].constants["SPLIT"] == "last" else ["reduce_splits"]
+        )
+        results.append(gemm.run(planned))
+    assert_same_bits(*results)
+    operands = (numerics.dequantize_fp8(a, scale_a), numerics.dequantize_fp8(b, scale_b))
+    assert_product(results[0], *operands, bias, FP32, native_fp8=True)
+
+
 @pytest.mark.parametrize("shape", [(130, 129, 256), (1, 300, 160), (257, 128, 608)], ids=str)
 @pytest.mark.parametrize("kind", [Kind.NVFP4, Kind.MXFP8], ids=lambda kind: kind.value)
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import product
 
 import pytest
 from hypothesis import given
@@ -114,15 +115,15 @@ def test_instructions(target, first, second, same):
 
 def test_codes_may_come_by_tma_instead():
     tiles = {"tma": True, "swap": False, "block_m": 64, "block_n": 128, "num_warps": 4}
-    for kind in (Kind.FP8, Kind.FP8_BLOCK):
-        base = choose(kind, 64, 28672, 4096, SM_90)
+    for kind, n in product((Kind.FP8, Kind.FP8_BLOCK), (4096, 28672)):  # split, and whole
+        base = choose(kind, 64, n, 4096, SM_90)
+        assert (base.split_k > 1) == (n == 4096)
         assert base.swap
         assert not base.tma
         assert replace(base, **tiles) in candidates_of(base, kind, SM_90)
     for kind, rows, n, change, reason in (
         # A program that quantizes its own rows does not have them in memory for TMA.
         (Kind.FP8, 32, 28672, {}, "its swap is False"),
-        (Kind.FP8, 64, 4096, {}, "does not fit sm_90"),  # with K split there is no such kernel
         (Kind.HALF_FP8, 64, 28672, {}, "its swap is False"),
         (Kind.FP8, 64, 28672, {"tma": "yes"}, "its swap is False"),
         (Kind.FP8, 64, 28672, {"swap": True}, "its swap is True"),

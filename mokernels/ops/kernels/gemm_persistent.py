@@ -10,10 +10,12 @@ import triton.language as tl
 from mokernels.ops.kernels.dependents import wait_for_inputs
 from mokernels.ops.kernels.gemm_block import add_block
 from mokernels.ops.kernels.gemm_native import load_in_order, multiply_scaled, scales_in_order
+from mokernels.ops.kernels.reduce import finish
 from mokernels.ops.kernels.tiles import (
     indices,
     multiply,
     new_accumulator,
+    split_bounds,
     store_output,
     tile_at,
 )
@@ -28,20 +30,21 @@ def sum_of_tile(
     row,
     column,
     in_m,
-    K,
+    start,
+    stop,
     PROMOTE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """The accumulator of the tile whose first element is [row, column], over the whole of K.
+    """The accumulator of the tile whose first element is [row, column], over [start, stop) of K.
 
     ``x`` and ``w`` are descriptors, which read 0 past the ends of rows and columns.
     ``bx_rows`` and ``block_scale_w`` point to the first scales of the tile's rows and of its
     weights, or are None.
     """
     acc = new_accumulator(BLOCK_M, BLOCK_N, False)
-    for k in range(0, K, BLOCK_K):
+    for k in range(start, stop, BLOCK_K):
         x_tile = x.load([row, k])
         w_tile = w.load([column, k])
         if bx_rows is None and block_scale_w is None:
@@ -67,6 +70,8 @@ def scaled_sum_of_tile(
     M,
     N,
     K,
+    start,
+    stop,
     stride_bx,
     stride_bw,
     ELEMENT: tl.constexpr,
@@ -82,7 +87,7 @@ def scaled_sum_of_tile(
     bx, bx_inside = scales_in_order(block_scale_x, tile_m, M, stride_bx, BLOCK_M, COLUMNS)
     bw, bw_inside = scales_in_order(block_scale_w, tile_n, N, stride_bw, BLOCK_N, COLUMNS)
     acc = new_accumulator(BLOCK_M, BLOCK_N, False)
-    for k in range(0, K, BLOCK_K):
+    for k in range(start, stop, BLOCK_K):
         x_tile = x.load([tile_m * BLOCK_M, k // PACKED])
         w_tile = w.load([tile_n * BLOCK_N, k // PACKED])
         group, groups = k // GROUP, K // GROUP
@@ -92,7 +97,36 @@ def scaled_sum_of_tile(
     return acc
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit
+def store_by_halves(
+    acc,
+    rm,
+    tile_n,
+    M,
+    N,
+    scale_x,
+    stride_sx,
+    scale_w,
+    stride_sw,
+    bias,
+    out,
+    stride_out,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """store_output of a tile's left columns, then of its right ones.
+
+    A whole tile's addresses have no registers beside its sums.
+    """
+    HALF: tl.constexpr = BLOCK_N // 2
+    left, right = acc.reshape(BLOCK_M, 2, HALF).trans(0, 2, 1).split()
+    rn = tile_n * BLOCK_N + tl.arange(0, HALF)
+    store_output(left, rm, rn, M, N, scale_x, stride_sx, scale_w, stride_sw, bias, out, stride_out)
+    rn += HALF
+    store_output(right, rm, rn, M, N, scale_x, stride_sx, scale_w, stride_sw, bias, out, stride_out)
+
+
+@triton.jit(do_not_specialize=["M", "blocks_per_split"])
 def gemm_persistent(
     x,
     w,
@@ -110,10 +144,12 @@ def gemm_persistent(
     stride_sx,
     stride_sw,
     stride_out,
+    blocks_per_split,
     PROGRAMS: tl.constexpr,
     ELEMENT: tl.constexpr,
     EVEN_K: tl.constexpr,
     PROMOTE: tl.constexpr,
+    SPLIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -125,7 +161,8 @@ def gemm_persistent(
     [BLOCK_N, BLOCK_K]: E4M3, or without block scales both bf16 or both fp16. With an ELEMENT they
     are what gemm_native takes, packed where it is "e2m1", in blocks of BLOCK_K elements.
     The rows of ``out`` [M, N] are dense and ``stride_out`` items apart, so that it may be columns
-    of a wider result.
+    of a wider result. Where SPLIT says that programs share K, they are N items apart, and ``out``
+    is as :func:`finish` takes it.
 
     At most PROGRAMS programs take the tiles in turns, in the order in which programs of one tile
     each would start. Flattened, the loops over tiles and over K are one, so that the next tile's
@@ -133,9 +170,12 @@ def gemm_persistent(
     """
     wait_for_inputs()
     tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
-    for tile in tl.range(tl.program_id(0), tiles, PROGRAMS, flatten=True):
+    for tile in tl.range(tl.program_id(0), tiles, PROGRAMS, flatten=SPLIT is None):
         tile_m, tile_n = tile_at(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
         rm = indices(tile_m, BLOCK_M)
+        start, stop = 0, K
+        if SPLIT is not None:
+            start, stop = split_bounds(tl.program_id(1), K, blocks_per_split, BLOCK_K)
         if ELEMENT is None:
             bx_rows, bw = None, None
             if block_scale_x is not None:
@@ -143,22 +183,21 @@ def gemm_persistent(
             if block_scale_w is not None:
                 bw = block_scale_w + tile_n * BLOCK_N // 128 * stride_bw
             acc = sum_of_tile(
-                x, w, bx_rows, bw, tile_m * BLOCK_M, tile_n * BLOCK_N, rm < M, K,
+                x, w, bx_rows, bw, tile_m * BLOCK_M, tile_n * BLOCK_N, rm < M, start, stop,
                 PROMOTE, BLOCK_M, BLOCK_N, BLOCK_K,
             )  # fmt: skip
         else:
             acc = scaled_sum_of_tile(
-                x, w, block_scale_x, block_scale_w, tile_m, tile_n, M, N, K, stride_bx, stride_bw,
-                ELEMENT, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K,
+                x, w, block_scale_x, block_scale_w, tile_m, tile_n, M, N, K, start, stop,
+                stride_bx, stride_bw, ELEMENT, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K,
             )  # fmt: skip
-        # By halves, since a whole tile's addresses have no registers beside its sums.
-        HALF: tl.constexpr = BLOCK_N // 2
-        left, right = acc.reshape(BLOCK_M, 2, HALF).trans(0, 2, 1).split()
-        columns = tile_n * BLOCK_N + tl.arange(0, HALF)
-        store_output(
-            left, rm, columns, M, N, scale_x, stride_sx, scale_w, stride_sw, bias, out, stride_out
-        )
-        columns += HALF
-        store_output(
-            right, rm, columns, M, N, scale_x, stride_sx, scale_w, stride_sw, bias, out, stride_out
-        )
+        if SPLIT is None:
+            store_by_halves(
+                acc, rm, tile_n, M, N, scale_x, stride_sx, scale_w, stride_sw, bias, out,
+                stride_out, BLOCK_M, BLOCK_N,
+            )  # fmt: skip
+        else:
+            rn = indices(tile_n, BLOCK_N)
+            finish(
+                acc, rm, rn, M, N, scale_x, stride_sx, scale_w, stride_sw, bias, out, SPLIT, tile
+            )

@@ -41,11 +41,13 @@ def finish(
     bias,
     out,
     SPLIT: tl.constexpr,
+    tile=None,
 ):
     """End a program whose sums are ``acc`` [BLOCK_M, BLOCK_N], as store_output does.
 
     With SPLIT "parts" ``out`` is the fp32 workspace of partial sums [splits, M, N]; with "last" it
     is (out, workspace, counters), int32 zeros for every tile, which are zeros again at the end.
+    ``tile`` is its number, by default the program's.
     """
     let_the_next_begin()
     if SPLIT == "parts":
@@ -53,7 +55,9 @@ def finish(
     elif SPLIT == "last":
         result, partials, counters = out
         store_partial(acc, rm, rn, M, N, partials)
-        if arrives_last(counters):
+        if tile is None:
+            tile = tl.program_id(0)
+        if arrives_last(counters + tile):
             total = sum_of_parts(partials, rm, rn, M, N, tl.num_programs(1))
             store_output(total, rm, rn, M, N, scale_x, stride_sx, scale_w, stride_sw, bias, result)
     else:
@@ -61,7 +65,7 @@ def finish(
 
 
 @triton.jit
-def arrives_last(counters):
+def arrives_last(counter):
     """Whether all other programs of this tile have stored their parts; then these can be read.
 
     One thread counts for the program. The barrier has the stores of all threads come before the
@@ -73,7 +77,6 @@ def arrives_last(counters):
     The last program sets the counter back, for the next launch, which begins when this one has
     ended. launch/counters.py says whose the counters are, and what if a launch is cut short.
     """
-    counter = counters + tl.program_id(0)
     tl.debug_barrier()
     last = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == tl.num_programs(1) - 1
     if last:

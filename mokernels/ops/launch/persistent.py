@@ -16,7 +16,7 @@ from mokernels.ops.config_limits import is_narrow, narrowed
 from mokernels.ops.gemm_config import GemmConfig, ceil_div
 from mokernels.ops.kernels.gemm_persistent import gemm_persistent
 from mokernels.ops.launch.plan import Launch
-from mokernels.ops.launch.product import Ending, Operands
+from mokernels.ops.launch.product import Ending, Operands, plan_split
 from mokernels.ops.target import Target
 
 LARGEST_STRIDE: int = 1 << 40
@@ -76,7 +76,7 @@ def plan_persistent(
     target: Target,
     element: Literal["e2m1", "e4m3"] | None = None,
 ) -> tuple[Launch, ...]:
-    """The launch of one product, of operands of one dtype, whose configuration says ``tma``.
+    """The launches of one product, of operands of one dtype, whose configuration says ``tma``.
 
     The kernel takes what the others take (:mod:`product`), but for the strides of x and w, which
     their descriptors know, and with the stride of out for the steps of a part of K.
@@ -84,7 +84,7 @@ def plan_persistent(
     Args:
         operands: x, w, the block scales of x and of w or None; :func:`tma_reads` both x and w.
         ending: what to do with the sums, and where to put them; out may be columns of a matrix.
-        config: tile and pipeline; it does not split K.
+        config: tile, split and pipeline; out is dense where it splits K.
         target: as many programs as it has processors share the tiles.
         element: of operands whose block scales the matrix unit applies.
     """
@@ -94,15 +94,17 @@ def plan_persistent(
     assert x is not None
     assert w is not None
     config = tile_by_tma(config, m, n, ending.out.element_size(), target)
+    split = plan_split(ending, config, m, n)
     arguments = (
         _descriptor(x, config.block_m, columns),
         _descriptor(w, config.block_n, columns),
         *block_scales,
-        *ending.pointers,
+        *split.pointers,
         *operands.sizes,
         *operands.strides[2:],
-        *ending.strides,
+        *split.strides,
         ending.out.stride(-2) if ending.out.dim() > 1 else n,
+        config.blocks_per_split(k),
     )
     constants = {
         "PROGRAMS": target.processors,
@@ -110,6 +112,7 @@ def plan_persistent(
         # Without scales nothing has to look where K ends: TMA reads 0 there.
         "EVEN_K": element is None or k % config.block_k == 0,
         "PROMOTE": config.promote,
+        "SPLIT": config.split,
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "BLOCK_K": config.block_k,
@@ -117,13 +120,13 @@ def plan_persistent(
     }
     launch = Launch(
         gemm_persistent,
-        (min(_tiles(config, m, n), target.processors), 1, 1),
+        (min(split.tiles, target.processors), split.parts, 1),
         arguments,
         constants,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
-    return (launch,)
+    return (launch, *split.reduction)
 
 
 def _tiles(config: GemmConfig, m: int, n: int) -> int:

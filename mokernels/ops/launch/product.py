@@ -8,7 +8,7 @@ the K steps of a partial sum. Where programs share K, kernels/reduce.py says wha
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -81,15 +81,12 @@ def plan_product(
         **constants: compile-time arguments that only this kernel has.
     """
     m, n, k = operands.sizes
-    parts = config.split_k if config.split in ("last", "parts") else 1
-    partials = ending.out.new_empty((parts, m, n), dtype=torch.float32) if parts > 1 else None
-    tiles = ceil_div(m, config.block_m) * ceil_div(n, config.block_n)
-    pointers, strides = _ending(ending, config, partials, tiles)
+    split = plan_split(ending, config, m, n)
     steps = config.blocks_per_split(k)
     product = Launch(
         kernel,
-        (tiles, parts, 1),
-        (*operands.pointers, *pointers, m, n, k, *operands.strides, *strides, steps),
+        (split.tiles, split.parts, 1),
+        (*operands.pointers, *split.pointers, m, n, k, *operands.strides, *split.strides, steps),
         {
             **constants,
             "EVEN_K": k % config.block_k == 0,
@@ -99,9 +96,36 @@ def plan_product(
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
+    return (product, *split.reduction)
+
+
+class Split(NamedTuple):
+    """What a product that may share K among programs is launched with.
+
+    Attributes:
+        tiles: of the result.
+        parts: programs of a tile.
+        pointers: scale_x, scale_w, bias and out, as the kernels take them (:func:`finish`).
+        strides: of scale_x and scale_w.
+        reduction: the launch that adds the parts; none where the product's own programs do.
+    """
+
+    tiles: int
+    parts: int
+    pointers: tuple[Any, ...]
+    strides: tuple[int, int]
+    reduction: tuple[Launch, ...]
+
+
+def plan_split(ending: Ending, config: GemmConfig, m: int, n: int) -> Split:
+    """The ending of a product [m, n], with a workspace and counters where its K is split."""
+    parts = config.split_k if config.split in ("last", "parts") else 1
+    partials = ending.out.new_empty((parts, m, n), dtype=torch.float32) if parts > 1 else None
+    tiles = ceil_div(m, config.block_m) * ceil_div(n, config.block_n)
+    reduction: tuple[Launch, ...] = ()
     if config.split == "parts" and partials is not None:
-        return product, _plan_reduction(partials, ending)
-    return (product,)
+        reduction = (_plan_reduction(partials, ending),)
+    return Split(tiles, parts, *_ending(ending, config, partials, tiles), reduction)
 
 
 def rows_of(x: Tensor) -> Tensor:
