@@ -239,7 +239,7 @@ def _cells(key: Key, winner: Winner) -> tuple[str, ...]:
     config = winner.config
     return (
         str(key),
-        f"{config.block_m} x {config.block_n} x {config.block_k}",
+        f"{config.block_m} x {config.block_n} x {config.block_k}" + " by TMA" * config.tma,
         str(config.num_warps),
         str(config.num_stages),
         f"{winner.us:.4g}",
