@@ -38,7 +38,7 @@ from mokernels.ops.target import Target
 MOST_CANDIDATES = 24
 """Most candidates of one choice, the closed form's own included: what compiling them may cost."""
 FREE_FIELDS = ("block_m", "block_n", "num_warps", "num_stages", "group_m")
-"""What candidates may differ in, besides ``tma``."""
+"""What candidates may differ in, besides how operands come (``tma``, and with it ``swap``)."""
 FEW_ROWS = 64
 """Up to this bucket a tile has all rows: fewer would read the weight twice, more are padding."""
 MOST_BY_TMA = 8

@@ -99,7 +99,7 @@ def plan_product(
     return (product, *split.reduction)
 
 
-class Split(NamedTuple):
+class SplitEnding(NamedTuple):
     """What a product that may share K among programs is launched with.
 
     Attributes:
@@ -117,7 +117,7 @@ class Split(NamedTuple):
     reduction: tuple[Launch, ...]
 
 
-def plan_split(ending: Ending, config: GemmConfig, m: int, n: int) -> Split:
+def plan_split(ending: Ending, config: GemmConfig, m: int, n: int) -> SplitEnding:
     """The ending of a product [m, n], with a workspace and counters where its K is split."""
     parts = config.split_k if config.split in ("last", "parts") else 1
     partials = ending.out.new_empty((parts, m, n), dtype=torch.float32) if parts > 1 else None
@@ -125,7 +125,7 @@ def plan_split(ending: Ending, config: GemmConfig, m: int, n: int) -> Split:
     reduction: tuple[Launch, ...] = ()
     if config.split == "parts" and partials is not None:
         reduction = (_plan_reduction(partials, ending),)
-    return Split(tiles, parts, *_ending(ending, config, partials, tiles), reduction)
+    return SplitEnding(tiles, parts, *_ending(ending, config, partials, tiles), reduction)
 
 
 def rows_of(x: Tensor) -> Tensor:
